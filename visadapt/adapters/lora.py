@@ -1,0 +1,82 @@
+"""Low-rank adaptation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..core.adapter import Adapter
+from ..core.kinds import Delta
+from ..core.sites import LINEARS, Site
+from ..errors import InputError
+from ..registry import ADAPTERS
+
+
+class LoRASite(Delta):
+    """delta = s B A with A (rank, dim_in) random and B (dim_out, rank) zero at the start."""
+
+    def __init__(self, site: Site, rank: int, scaling: float, dropout: float) -> None:
+        super().__init__(site)
+        if rank > min(site.dim_in, site.dim_out):
+            raise InputError(f"LoRA: rank {rank} exceeds the site {site.key} of {site.dim_out} x {site.dim_in}")
+        self.a = nn.Parameter(torch.empty(rank, site.dim_in))
+        self.b = nn.Parameter(torch.zeros(site.dim_out, rank))
+        nn.init.kaiming_uniform_(self.a, a=math.sqrt(5))
+        self.scaling, self.dropout = scaling, dropout
+
+    def by_forward(self) -> bool:
+        return self.training and self.dropout > 0
+
+    def factors(self) -> tuple[Tensor, Tensor, float]:
+        return self.a, self.b, self.scaling
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.dropout(x, self.dropout, self.training)
+        return F.linear(F.linear(x, self.a), self.b) * self.scaling
+
+
+@ADAPTERS.register_module()
+class LoRA(Adapter):
+    """Low-rank update of linear weights: W + s B A, s = alpha / rank.
+
+    Args:
+        rank: inner width r.
+        alpha: numerator of the scaling s; equal to the rank where None.
+        dropout: on the input of the update, in training.
+        scaling: "rank" for s = alpha / r, "sqrt" for s = alpha / sqrt(r) (rsLoRA; CLIP-LoRA uses it with alpha 1).
+        targets: roles of linears.
+        layers: block indices.
+    """
+
+    kinds = ("delta",)
+    targets = ("q", "v")
+    roles = LINEARS
+    paper = "LoRA (Hu et al., 2021), arXiv 2106.09685; scaling 'sqrt': rsLoRA (Kalajdzievski, 2023), arXiv 2312.03732"
+    mergeable = True
+
+    def __init__(
+        self,
+        rank: int = 8,
+        alpha: float | None = None,
+        dropout: float = 0.0,
+        scaling: str = "rank",
+        targets: Sequence[str] | None = None,
+        layers: Sequence[int] | None = None,
+    ) -> None:
+        super().__init__(targets, layers)
+        self.require_positive(rank=rank)
+        if scaling not in ("rank", "sqrt"):
+            raise InputError(f"LoRA: scaling is 'rank' or 'sqrt', got '{scaling}'")
+        if not 0 <= dropout < 1:
+            raise InputError(f"LoRA: dropout must be in [0, 1), got {dropout}")
+        self.rank, self.alpha, self.dropout, self.scaling = rank, alpha, dropout, scaling
+
+    def make(self, site: Site, backbone, shared: nn.ModuleDict) -> LoRASite:
+        alpha = self.rank if self.alpha is None else self.alpha
+        return LoRASite(
+            site, self.rank, alpha / (self.rank if self.scaling == "rank" else math.sqrt(self.rank)), self.dropout
+        )

@@ -1,0 +1,249 @@
+"""A backbone with adapters: what tasks hold in place of the backbone."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from ..backbones.base import Backbone, Features
+from ..errors import InputError, hint
+from .adapter import Adapter
+from .inject import attach, detach
+from .kinds import SiteModule
+from .merging import Merger
+from .report import TrainableReport, trainable_report
+from .swap import BaseValues
+
+
+class Adapted(nn.Module):
+    """A frozen backbone and any number of named adapters.
+
+    The backbone stays in eval mode under `train()` unless `base_mode="train"` (recipes with stochastic depth).
+    At one site, weight maps act in the order of `add`, then deltas, then token modules.
+
+    Args:
+        backbone: frozen here, once; enabling and disabling adapters never touches `requires_grad`.
+        base_mode: "eval" or "train".
+    """
+
+    def __init__(self, backbone: Backbone, base_mode: str = "eval") -> None:
+        super().__init__()
+        if base_mode not in ("eval", "train"):
+            raise InputError(f"base_mode is 'eval' or 'train', got '{base_mode}'")
+        self.backbone = backbone.requires_grad_(False)
+        self.base_mode = base_mode
+        self.adapters = nn.ModuleDict()
+        self.ctx = backbone.ctx
+        self.merger = Merger()
+        self.base_values = BaseValues()
+        if any(isinstance(m, nn.TransformerEncoderLayer | nn.MultiheadAttention) for m in backbone.modules()):
+            torch.backends.mha.set_fastpath_enabled(
+                False
+            )  # the fused path reads raw weights and skips what is attached
+        self.train(self.training)
+
+    # ---- adapters -------------------------------------------------------------------------------------------------
+    def add(self, name: str, adapter: Adapter, enable: bool = True) -> Adapter:
+        """Build an adapter for the backbone and attach it.
+
+        Raises:
+            InputError: a bad or taken name, a missing capability, or targets that match nothing.
+        """
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+            raise InputError(f"adapter name '{name}' may have letters, digits, '_' and '-' only")
+        if name in self.adapters:
+            raise InputError(f"adapter '{name}' exists already; remove it first or take another name")
+        if self.merger.names:
+            raise InputError(f"adapter '{name}' cannot be added while {self.merger.names} are merged; unmerge first")
+        adapter.build(self.backbone)
+        reference = next(self.backbone.parameters())
+        adapter.to(reference.device)
+        attached = []
+        try:
+            for piece in self._pieces_of(name, adapter):
+                piece.owner = name
+                if piece.site is not None:
+                    attach(piece, self.backbone, self.ctx)
+                    attached.append(piece)
+        except InputError:
+            for piece in attached:
+                detach(piece, self.backbone)
+            raise
+        self.adapters[name] = adapter
+        if adapter.trains_base:
+            self.base_values.register(name, adapter.base_parameters(self.backbone), self.backbone.body)
+        self.train(self.training)
+        if enable:
+            self.enable(*[n for n in self.adapters if n == name or self.is_enabled(n)])
+        return adapter
+
+    def remove(self, name: str) -> None:
+        """Detach an adapter and forget it; the backbone is as it was before."""
+        self._known([name])
+        if name in self.merger.names:
+            self.unmerge()
+        for piece in self.pieces(name):
+            if piece.site is not None:
+                detach(piece, self.backbone)
+        self.base_values.forget(name, self.backbone.body)
+        del self.adapters[name]
+
+    def _pieces_of(self, name: str, adapter: Adapter) -> Iterator[SiteModule]:
+        yield from adapter.sides()
+        yield from adapter.pieces.values()
+
+    def pieces(self, *names: str) -> list[SiteModule]:
+        """All pieces of the named adapters, of every adapter where no name is given."""
+        chosen = names or tuple(self.adapters)
+        return [p for n in chosen for p in self._pieces_of(n, self.adapters[n])]
+
+    def _known(self, names: Iterable[str]) -> None:
+        for name in names:
+            if name not in self.adapters:
+                raise InputError(f"no adapter '{name}'{hint(name, self.adapters) or '; none is attached'}")
+
+    # ---- switching ------------------------------------------------------------------------------------------------
+    def is_enabled(self, name: str) -> bool:
+        return self.base_values.active == name or any(p.on for p in self.pieces(name)) or name in self.merger.names
+
+    def enable(self, *names: str, scale: float | None = None) -> None:
+        """Let exactly these adapters take part, with `scale` as factor on what they change (1 where None).
+
+        Raises:
+            InputError: an unknown name, a merged adapter, or a scale on a kind that has none.
+        """
+        self._known(names)
+        if self.merger.names:
+            raise InputError(f"{self.merger.names} are merged into the backbone; unmerge before switching adapters")
+        factor = 1.0 if scale is None else float(scale)
+        for name, adapter in self.adapters.items():
+            wanted = name in names
+            for piece in self._pieces_of(name, adapter):
+                if wanted and factor != 1 and piece.kind in ("attention", "prompt"):
+                    raise InputError(f"adapter '{name}' has pieces of kind {piece.kind}; they cannot be scaled")
+                piece.on = wanted
+                if wanted:
+                    piece.scale = factor
+        self.base_values.activate([n for n in names if self.adapters[n].trains_base], self.backbone.body)
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """The bare base inside the block; the same adapters as before behind it."""
+        before = [n for n in self.adapters if self.is_enabled(n)]
+        scales = {id(p): p.scale for p in self.pieces()}
+        ids, self.ctx.ids = self.ctx.ids, None
+        self.enable()
+        try:
+            yield
+        finally:
+            self.enable(*before)
+            for piece in self.pieces():
+                piece.scale = scales[id(piece)]
+            self.ctx.ids = ids
+
+    def route(self, ids: Sequence[str | int | None] | None) -> None:
+        """Give every image of the coming batches its own weight adapter.
+
+        Args:
+            ids: per image an adapter name or its number in order of `add`; -1 or None is the bare base. `ids=None`
+                ends routing.
+
+        Raises:
+            InputError: an unknown name or number, or an adapter that is more than weights.
+        """
+        if ids is None:
+            self.ctx.ids = None
+            return
+        if self.merger.names:
+            raise InputError(f"{self.merger.names} are merged into the backbone; unmerge before routing")
+        names = list(self.adapters)
+        resolved: list[str | None] = []
+        for position, given in enumerate(ids):
+            if given is None or given == -1:
+                resolved.append(None)
+            elif isinstance(given, str):
+                self._known([given])
+                resolved.append(given)
+            elif 0 <= int(given) < len(names):
+                resolved.append(names[int(given)])
+            else:
+                raise InputError(
+                    f"image {position}: no adapter number {given}; there are {len(names)}: {', '.join(names)}"
+                )
+        for name in {r for r in resolved if r is not None}:
+            kinds = sorted({p.kind for p in self.pieces(name)} - {"delta", "weight"})
+            if kinds or self.adapters[name].trains_base:
+                what = f"kinds {kinds}" if kinds else "trained base values"
+                raise InputError(
+                    f"adapter '{name}' has {what}; only delta and weight adapters can be mixed in one batch"
+                )
+        if self.base_values.active:
+            raise InputError(f"adapter '{self.base_values.active}' has replaced base values; disable it before routing")
+        loose = [n for n in names if any(p.on and p.kind not in ("delta", "weight") for p in self.pieces(n))]
+        if loose:
+            raise InputError(f"adapter '{loose[0]}' is enabled for all images; disable it before routing")
+        self.ctx.ids = resolved
+
+    # ---- training -------------------------------------------------------------------------------------------------
+    def set_trainable(self, *names: str, heads: Iterable[nn.Module] = ()) -> None:
+        """Exactly these adapters (and heads) get gradients. The only place that sets `requires_grad`."""
+        self._known(names)
+        self.requires_grad_(False)
+        for name in names:
+            self.adapters[name].requires_grad_(True)
+            for parameter in self.base_values.parameters(name, self.backbone.body):
+                parameter.requires_grad_(True)
+        for head in heads:
+            head.requires_grad_(True)
+
+    def trainable_report(self, heads: dict[str, nn.Module] | None = None) -> TrainableReport:
+        """What trains, by adapter and head, against the size of the base."""
+        return trainable_report(self, heads or {})
+
+    def train(self, mode: bool = True) -> Adapted:
+        super().train(mode)
+        if self.base_mode == "eval":
+            self.backbone.eval()
+        return self
+
+    # ---- merging --------------------------------------------------------------------------------------------------
+    def merge(self, *names: str, check: Tensor | None = None) -> int:
+        """Fold adapters into the base weights; what cannot fold stays attached.
+
+        Args:
+            names: adapters to fold, all enabled ones where none is given.
+            check: images; outputs before and after are compared at 1e-4.
+
+        Returns:
+            The number of modules whose weights changed.
+
+        Raises:
+            InputError: nothing folds (with the kinds that are there), a weight becomes non-finite, or the check fails.
+        """
+        self._known(names)
+        chosen = list(names) or [n for n in self.adapters if self.is_enabled(n)]
+        return self.merger.merge(self, chosen, check)
+
+    def unmerge(self) -> None:
+        """Put the original weights back, bit for bit, and the adapters to work again."""
+        self.merger.unmerge(self)
+
+    # ---- running --------------------------------------------------------------------------------------------------
+    def forward(self, x: Tensor) -> Features:
+        """(B, C, H, W) normalised images to features.
+
+        Raises:
+            InputError: routing ids for another number of images.
+        """
+        if self.ctx.ids is not None and len(self.ctx.ids) != x.shape[0]:
+            raise InputError(f"route() was given {len(self.ctx.ids)} ids and the batch has {x.shape[0]} images")
+        x = self.backbone.pad(x)
+        self.ctx.begin(x, self.backbone.grid(x), self.backbone.prefix)
+        for side in (s for a in self.adapters.values() for s in a.sides() if s.on):
+            for key, value in side(self.ctx).items():
+                self.ctx.values[f"{side.owner}.{key}"] = value
+        return self.backbone(x)

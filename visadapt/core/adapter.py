@@ -1,0 +1,94 @@
+"""The base class of all methods: says where it wants to be and makes one piece per place."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch import nn
+
+from ..errors import InputError
+from .kinds import Side, SiteModule
+from .sites import ROLES, Site, select
+
+if TYPE_CHECKING:
+    from ..backbones.base import Backbone
+
+
+class Adapter(nn.Module):
+    """One method. Subclasses write `make`; constructor arguments are stored under their own names.
+
+    Args:
+        targets: roles, "all-linear" or path globs; the class's own where None.
+        layers: block indices, negative from the end; all where None.
+
+    Attributes:
+        kinds: kinds of the pieces it makes.
+        roles: roles that it can sit at.
+        needs: backbone capabilities without which it cannot work.
+        paper: the source of the method.
+        mergeable: every piece folds into base weights.
+        identity_at_init: a fresh adapter changes no output.
+        trains_base: it trains base values themselves (`base_parameters`).
+    """
+
+    kinds: ClassVar[tuple[str, ...]] = ()
+    targets: tuple[str, ...] = ()
+    roles: ClassVar[tuple[str, ...]] = ROLES
+    needs: ClassVar[frozenset[str]] = frozenset()
+    paper: ClassVar[str] = ""
+    mergeable: ClassVar[bool] = False
+    identity_at_init: ClassVar[bool] = True
+    trains_base: ClassVar[bool] = False
+
+    def __init__(self, targets: Sequence[str] | None = None, layers: Sequence[int] | None = None) -> None:
+        super().__init__()
+        if isinstance(targets, str):
+            raise InputError(f"{type(self).__name__}: targets must be a list, e.g. targets=['{targets}']")
+        self.targets = tuple(type(self).targets if targets is None else targets)
+        self.layers = None if layers is None else tuple(layers)
+        self.pieces = nn.ModuleDict()
+        self.common = nn.ModuleDict()
+
+    def make(self, site: Site, backbone: Backbone, shared: nn.ModuleDict) -> SiteModule:
+        """The piece for one site."""
+        raise NotImplementedError
+
+    def shared(self, sites: list[Site], backbone: Backbone) -> nn.ModuleDict:
+        """Modules that the pieces share; those of type Side run once per image."""
+        return nn.ModuleDict()
+
+    def base_parameters(self, backbone: Backbone) -> list[str]:
+        """Names in `backbone.body` that the method trains in place (only with `trains_base`)."""
+        return []
+
+    def build(self, backbone: Backbone) -> None:
+        """Make all pieces for a backbone.
+
+        Raises:
+            InputError: a missing capability, or a target that matches nothing.
+        """
+        who = f"{type(self).__name__} on {type(backbone).__name__}"
+        if missing := sorted(self.needs - backbone.capabilities):
+            raise InputError(f"{who}: it needs {', '.join(missing)}; the backbone has {sorted(backbone.capabilities)}")
+        sites = select(backbone.sites(), self.targets, self.layers, who)
+        if wrong := sorted({s.role for s in sites} - set(self.roles)):
+            raise InputError(f"{who}: it cannot sit at {', '.join(wrong)}; it takes the roles {', '.join(self.roles)}")
+        self.common = self.shared(sites, backbone)
+        self.pieces = nn.ModuleDict({site.key: self.make(site, backbone, self.common) for site in sites})
+
+    def sides(self) -> list[Side]:
+        return [m for m in self.common.values() if isinstance(m, Side)]
+
+    def arguments(self) -> dict[str, Any]:
+        """Constructor arguments that rebuild this adapter, as JSON values."""
+        names = inspect.signature(type(self)).parameters
+        values = {n: getattr(self, n) for n in names}
+        return {n: list(v) if isinstance(v, tuple) else v for n, v in values.items()}
+
+    def require_positive(self, **numbers: float) -> None:
+        """Refuse counts and widths below 1, by name."""
+        for name, value in numbers.items():
+            if not isinstance(value, int) or value < 1:
+                raise InputError(f"{type(self).__name__}: {name} must be a whole number of at least 1, got {value!r}")

@@ -1,0 +1,51 @@
+"""What attached modules may know about the image that is passing through."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+
+class Context:
+    """State of one forward pass, shared by an `Adapted` and everything attached to it.
+
+    Attributes:
+        image: (B, C, H, W), normalised and padded.
+        grid: patch rows and columns.
+        prefix: tokens before the patches (class, registers).
+        inserted: prompt tokens that stand between prefix and patches at this moment.
+        num_frames: frames per clip; images are frame-major within a clip.
+        ids: adapter name per image, None for the bare base; None where the batch is not mixed.
+        values: free results, keyed "<adapter>.<name>".
+    """
+
+    def __init__(self) -> None:
+        self.num_frames = 1
+        self.ids: list[str | None] | None = None
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget the last image; clip length and routing stay."""
+        self.image: Tensor | None = None
+        self.grid: tuple[int, int] = (0, 0)
+        self.prefix = 0
+        self.inserted = 0
+        self.values: dict[str, Any] = {}
+
+    def begin(self, image: Tensor, grid: tuple[int, int], prefix: int) -> None:
+        self.clear()
+        self.image, self.grid, self.prefix = image, grid, prefix
+
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens (B, L, D) into what stands before the patches and the patches (B, h*w, D)."""
+        lead = self.prefix + self.inserted
+        return x[:, :lead], x[:, lead:]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy or pickle carries the settings, not the tensors of the last image."""
+        return {"num_frames": self.num_frames, "ids": self.ids}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.clear()

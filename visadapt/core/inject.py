@@ -1,0 +1,284 @@
+"""Attach pieces to a third-party network without changing its module tree, its keys or its class.
+
+Hooks and forward objects are instances of plain classes, never closures: they survive deepcopy (a copy gets its own
+pieces), pickle, `torch.compile(fullgraph=True)` and `torch.export`, and taking them off restores the network bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import InputError
+from .context import Context
+from .kinds import AttnCore, Delta, Prompt, SiteModule, Tokens, WeightMap
+from .lowrank import LowRankLinear, merged_weight
+from .routing import routed_forward
+
+if TYPE_CHECKING:
+    from ..backbones.base import Backbone
+
+
+def run_with(module: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The module's own computation with another weight and bias."""
+    if isinstance(module, nn.Linear):
+        return F.linear(x, weight, bias)
+    if isinstance(module, nn.Conv2d):
+        return module._conv_forward(x, weight, bias)
+    return F.layer_norm(x, module.normalized_shape, weight, bias, module.eps)
+
+
+def effective(weight: Tensor, bias: Tensor | None, pieces: list[SiteModule]) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of a module with pieces applied in order: the one definition that forward and merge share."""
+    for piece in pieces:
+        start, stop = piece.site.rows or (0, weight.shape[0])
+        w, b = weight[start:stop], None if bias is None else bias[start:stop]
+        if isinstance(piece, Delta):
+            new_w, new_b = w + piece.scale * piece.delta(), b
+        else:
+            new_w, new_b = piece.map(w, b)
+            if piece.scale != 1:
+                new_w = torch.lerp(w, new_w, piece.scale)
+                if new_b is not None:
+                    new_b = torch.lerp(torch.zeros_like(new_b) if b is None else b, new_b, piece.scale)
+        if (start, stop) == (0, weight.shape[0]):
+            weight, bias = new_w, new_b
+            continue
+        weight = torch.cat([weight[:start], new_w, weight[stop:]])
+        if new_b is not None:
+            whole = torch.zeros_like(weight[:, 0]) if bias is None else bias
+            bias = torch.cat([whole[:start], new_b, whole[stop:]])
+    return weight, bias
+
+
+def add_rows(y: Tensor, change: Tensor, rows: tuple[int, int] | None) -> Tensor:
+    """y with `change` added to a slice of its last dimension."""
+    return y + (change if rows is None else F.pad(change, (rows[0], y.shape[-1] - rows[1])))
+
+
+class WeightForward:
+    """`module.forward` of a linear, convolution or norm that has Deltas or WeightMaps. One per module."""
+
+    def __init__(self, module: nn.Module, ctx: Context) -> None:
+        self.module, self.ctx = module, ctx
+        self.pieces: list[SiteModule] = []
+
+    def ordered(self) -> list[SiteModule]:
+        """Active pieces: weight maps in the order of `add`, then deltas."""
+        active = [p for p in self.pieces if p.on]
+        return [p for p in active if isinstance(p, WeightMap)] + [p for p in active if isinstance(p, Delta)]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.ctx.ids is not None:
+            return routed_forward(self, x, self.ctx.ids)
+        return self.apply(x, self.ordered())
+
+    def apply(self, x: Tensor, pieces: list[SiteModule]) -> Tensor:
+        """Output with exactly these pieces."""
+        last = next((i for i in reversed(range(len(pieces))) if pieces[i].by_forward()), None)
+        if last is None:
+            return self._by_weight(x, pieces)
+        piece = pieces[last]
+        rest = pieces[:last] + (pieces[last + 1 :] if isinstance(piece, Delta) else [])
+        rows = piece.site.rows
+        if isinstance(piece, Delta):  # deltas add up in any order
+            return add_rows(self.apply(x, rest), piece.scale * piece(x), rows)
+        before = RowsOf(self, rest, rows)
+        y, mapped = self.apply(x, rest) if rows or piece.scale != 1 else None, piece(x, before)
+        if y is not None:
+            mapped = add_rows(y, piece.scale * (mapped - (y if rows is None else y[..., rows[0] : rows[1]])), rows)
+        for delta in pieces[last + 1 :]:
+            mapped = add_rows(mapped, delta.scale * delta(x), delta.site.rows)
+        return mapped
+
+    def _by_weight(self, x: Tensor, pieces: list[SiteModule]) -> Tensor:
+        module = self.module
+        if not pieces:
+            return run_with(module, x, module.weight, module.bias)
+        if isinstance(module, nn.Linear) and not module.weight.requires_grad:
+            low_rank = [p.factors() if isinstance(p, Delta) else None for p in pieces]
+            if all(f is not None for f in low_rank):
+                return self._low_rank(x, pieces, low_rank)
+        return run_with(module, x, *effective(module.weight, module.bias, pieces))
+
+    def _low_rank(self, x: Tensor, pieces: list[Delta], low_rank: list[tuple[Tensor, Tensor, float]]) -> Tensor:
+        module = self.module
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+            y = F.linear(x, module.weight, module.bias)
+            for piece in pieces:
+                y = add_rows(y, piece.scale * piece(x), piece.site.rows)
+            return y
+        tensors = [x, module.weight, module.bias, *(t for a, b, _ in low_rank for t in (a, b))]
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+            tensors = [t if t is None else t.to(dtype) for t in tensors]
+        x, weight, bias, *factors = tensors
+        rows = tuple(p.site.rows or (0, weight.shape[0]) for p in pieces)
+        scales = tuple(p.scale * s for p, (_, _, s) in zip(pieces, low_rank))
+        with torch.autocast(x.device.type, enabled=False):
+            if not torch.is_grad_enabled():
+                return F.linear(x, merged_weight(weight, rows, scales, *factors), bias)
+            return LowRankLinear.apply(x, weight, bias, rows, scales, *factors)
+
+
+class RowsOf:
+    """The computation before a weight map, cut to the map's rows."""
+
+    def __init__(self, forward: WeightForward, pieces: list[SiteModule], rows: tuple[int, int] | None) -> None:
+        self.forward, self.pieces, self.rows = forward, pieces, rows
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y = self.forward.apply(x, self.pieces)
+        return y if self.rows is None else y[..., self.rows[0] : self.rows[1]]
+
+
+class Keep:
+    """Pre-hook on a site's `source`: keeps its input for the piece further down."""
+
+    def __init__(self, piece: Tokens, ctx: Context) -> None:
+        self.piece, self.ctx = piece, ctx
+
+    def __call__(self, module: nn.Module, args: tuple) -> None:
+        if self.piece.on:
+            self.ctx.values[f"{self.piece.owner}/{self.piece.site.key}"] = args[0]
+
+
+class TokensAfter:
+    """Forward hook: the piece sees input and output of the sub-layer and returns the new output."""
+
+    def __init__(self, piece: Tokens, ctx: Context) -> None:
+        self.piece, self.ctx = piece, ctx
+
+    def __call__(self, module: nn.Module, args: tuple, y: Tensor) -> Tensor:
+        piece = self.piece
+        if not piece.on:
+            return y
+        x = args[0] if piece.site.source is None else self.ctx.values.pop(f"{piece.owner}/{piece.site.key}")
+        new = piece(x, y, self.ctx)
+        return new if piece.scale == 1 else torch.lerp(y, new, piece.scale)
+
+
+class TokensBefore:
+    """Pre-hook: the piece returns the new input of the sub-layer."""
+
+    def __init__(self, piece: Tokens, ctx: Context) -> None:
+        self.piece, self.ctx = piece, ctx
+
+    def __call__(self, module: nn.Module, args: tuple) -> tuple | None:
+        if not self.piece.on:
+            return None
+        x = args[0]
+        new = self.piece(x, x, self.ctx)
+        return (new if self.piece.scale == 1 else torch.lerp(x, new, self.piece.scale), *args[1:])
+
+
+class AttnForward:
+    """`attention.forward` with another core between projections and output."""
+
+    def __init__(self, piece: AttnCore, view: Any, ctx: Context) -> None:
+        self.piece, self.view, self.ctx = piece, view, ctx
+
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        module = self.view.module
+        if not self.piece.on:
+            return type(module).forward(module, x, *args, **kwargs)
+        q, k, v, bias = self.view.project(x, *args, **kwargs)
+        return self.view.output(self.piece.attend(q, k, v, bias, self.ctx), x)
+
+
+class PromptIn:
+    """Pre-hook of a block: inserts the tokens behind the prefix."""
+
+    def __init__(self, piece: Prompt, ctx: Context) -> None:
+        self.piece, self.ctx = piece, ctx
+
+    def __call__(self, module: nn.Module, args: tuple) -> tuple | None:
+        if not self.piece.on:
+            return None
+        x, n = args[0], self.ctx.prefix
+        tokens = self.piece(x.shape[0]).to(x.dtype)
+        self.ctx.inserted += tokens.shape[1]
+        return (torch.cat([x[:, :n], tokens, x[:, n:]], 1), *args[1:])
+
+
+class PromptOut:
+    """Forward hook of a block: takes deep prompts out again."""
+
+    def __init__(self, piece: Prompt, ctx: Context) -> None:
+        self.piece, self.ctx = piece, ctx
+
+    def __call__(self, module: nn.Module, args: tuple, y: Tensor) -> Tensor:
+        if not self.piece.on or not self.piece.deep:
+            return y
+        n = self.ctx.prefix
+        count = self.piece.count
+        self.ctx.inserted -= count
+        return torch.cat([y[:, :n], y[:, n + count :]], 1)
+
+
+def _weight_forward(module: nn.Module, path: str, ctx: Context) -> WeightForward:
+    """The module's forward object, made when first asked for."""
+    found = module.__dict__.get("forward")
+    if isinstance(found, WeightForward):
+        return found
+    if not isinstance(module, nn.Linear | nn.Conv2d | nn.LayerNorm):
+        raise InputError(
+            f"{path} is a {type(module).__name__}; weights of linears, convolutions and norms can be adapted"
+        )
+    module.forward = WeightForward(module, ctx)
+    return module.forward
+
+
+def attach(piece: SiteModule, backbone: Backbone, ctx: Context) -> None:
+    """Put one piece at its site.
+
+    Raises:
+        InputError: the site's module cannot carry this kind, or has an attention core already.
+    """
+    site = piece.site
+    module = backbone.body.get_submodule(site.path)
+    if isinstance(piece, Delta | WeightMap):
+        _weight_forward(module, site.path, ctx).pieces.append(piece)
+    elif isinstance(piece, Tokens):
+        if piece.position == "before":
+            module.register_forward_pre_hook(TokensBefore(piece, ctx))
+            return
+        if site.source is not None:
+            backbone.body.get_submodule(site.source).register_forward_pre_hook(Keep(piece, ctx))
+        module.register_forward_hook(TokensAfter(piece, ctx))
+    elif isinstance(piece, AttnCore):
+        if isinstance(module.__dict__.get("forward"), AttnForward):
+            other = module.forward.piece.owner
+            raise InputError(
+                f"{site.path} has the attention core of adapter '{other}'; one per attention, remove it first"
+            )
+        module.forward = AttnForward(piece, backbone.attention(site.path), ctx)
+    elif isinstance(piece, Prompt):
+        module.register_forward_pre_hook(PromptIn(piece, ctx))
+        module.register_forward_hook(PromptOut(piece, ctx))
+
+
+def detach(piece: SiteModule, backbone: Backbone) -> None:
+    """Take a piece off; the module is as it was before `attach`."""
+    site = piece.site
+    for path in filter(None, (site.path, site.source)):
+        module = backbone.body.get_submodule(path)
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            for key in [k for k, h in hooks.items() if getattr(h, "piece", None) is piece]:
+                del hooks[key]
+        drop_forward(module, piece)
+
+
+def drop_forward(module: nn.Module, piece: SiteModule) -> None:
+    """Take a piece out of the module's forward object, and the object away when it is empty."""
+    forward: Callable | None = module.__dict__.get("forward")
+    if isinstance(forward, WeightForward):
+        forward.pieces = [p for p in forward.pieces if p is not piece]
+        if not forward.pieces:
+            del module.forward
+    elif isinstance(forward, AttnForward) and forward.piece is piece:
+        del module.forward
