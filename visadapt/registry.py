@@ -174,6 +174,13 @@ def unknown_arguments(cls: Any, names) -> list[str]:
     return [f"{cls.__name__} has no argument '{n}'{hint(n, parameters)}" for n in names if n not in parameters]
 
 
+def arguments_of(built: Any, leave_out: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Constructor arguments that rebuild an object which stores them under their own names, as JSON values."""
+    names = [n for n in inspect.signature(type(built)).parameters if n not in leave_out]
+    values = {n: getattr(built, n) for n in names}
+    return {n: list(v) if isinstance(v, tuple) else v for n, v in values.items()}
+
+
 ADAPTERS = Registry("ADAPTERS", "adapter", "adapters")
 BACKBONES = Registry("BACKBONES", "backbone", "backbones")
 HEADS = Registry("HEADS", "head", "heads")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..core.context import Context
 from ..core.sites import Site
 from ..errors import InputError, hint
+from ..registry import arguments_of
 
 POOLS = ("native", "cls", "avg", "cls_avg")
 
@@ -97,7 +98,7 @@ class Backbone(nn.Module):
 
     def arguments(self) -> dict:
         """Constructor arguments that rebuild this backbone, as JSON values."""
-        raise NotImplementedError
+        return arguments_of(self)
 
     def layer_id(self, name: str) -> int:
         """Depth of a parameter for layer-wise learning rates: 0 for the stem, i + 1 for block i, depth + 1 beyond."""

@@ -123,10 +123,6 @@ class TimmViT(Backbone):
             raise InputError(f"TimmViT: {key} has {len(values)} values for {self.in_chans} bands")
         return values
 
-    def arguments(self) -> dict[str, Any]:
-        names = ("name", "weights", "in_chans", "bands", "out_indices", "mean", "std", "arch")
-        return {n: list(v) if isinstance(v := getattr(self, n), tuple) else v for n in names}
-
     def sites(self) -> list[Site]:
         d, conv = self.embed_dims[-1], self.body.patch_embed.proj
         found = [Site("patch_embed.proj", "patch", -1, conv.in_channels, conv.out_channels, layout="NCHW")]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from ..backbones.base import Backbone, Features
 from ..errors import InputError, hint
 from .adapter import Adapter
 from .inject import attach, detach
+from .io import LoadReport, load_adapter, save_adapter
 from .kinds import SiteModule
 from .merging import Merger
 from .report import TrainableReport, trainable_report
@@ -83,7 +84,7 @@ class Adapted(nn.Module):
 
     def remove(self, name: str) -> None:
         """Detach an adapter and forget it; the backbone is as it was before."""
-        self._known([name])
+        self.known([name])
         if name in self.merger.names:
             self.unmerge()
         for piece in self.pieces(name):
@@ -101,7 +102,8 @@ class Adapted(nn.Module):
         chosen = names or tuple(self.adapters)
         return [p for n in chosen for p in self._pieces_of(n, self.adapters[n])]
 
-    def _known(self, names: Iterable[str]) -> None:
+    def known(self, names: Iterable[str]) -> None:
+        """Refuse names that are not attached."""
         for name in names:
             if name not in self.adapters:
                 raise InputError(f"no adapter '{name}'{hint(name, self.adapters) or '; none is attached'}")
@@ -116,7 +118,7 @@ class Adapted(nn.Module):
         Raises:
             InputError: an unknown name, a merged adapter, or a scale on a kind that has none.
         """
-        self._known(names)
+        self.known(names)
         if self.merger.names:
             raise InputError(f"{self.merger.names} are merged into the backbone; unmerge before switching adapters")
         factor = 1.0 if scale is None else float(scale)
@@ -130,19 +132,23 @@ class Adapted(nn.Module):
                     piece.scale = factor
         self.base_values.activate([n for n in names if self.adapters[n].trains_base], self.backbone.body)
 
-    @contextmanager
-    def disabled(self) -> Iterator[None]:
+    def disabled(self) -> AbstractContextManager[None]:
         """The bare base inside the block; the same adapters as before behind it."""
+        return self.only()
+
+    @contextmanager
+    def only(self, *names: str) -> Iterator[None]:
+        """Exactly these adapters inside the block, without routing; everything as before behind it."""
         before = [n for n in self.adapters if self.is_enabled(n)]
-        scales = {id(p): p.scale for p in self.pieces()}
+        states = [(p, p.on, p.scale) for p in self.pieces()]
         ids, self.ctx.ids = self.ctx.ids, None
-        self.enable()
         try:
+            self.enable(*names)
             yield
         finally:
-            self.enable(*before)
-            for piece in self.pieces():
-                piece.scale = scales[id(piece)]
+            self.base_values.activate([n for n in before if self.adapters[n].trains_base], self.backbone.body)
+            for piece, on, scale in states:
+                piece.on, piece.scale = on, scale
             self.ctx.ids = ids
 
     def route(self, ids: Sequence[str | int | None] | None) -> None:
@@ -166,7 +172,7 @@ class Adapted(nn.Module):
             if given is None or given == -1:
                 resolved.append(None)
             elif isinstance(given, str):
-                self._known([given])
+                self.known([given])
                 resolved.append(given)
             elif 0 <= int(given) < len(names):
                 resolved.append(names[int(given)])
@@ -191,7 +197,7 @@ class Adapted(nn.Module):
     # ---- training -------------------------------------------------------------------------------------------------
     def set_trainable(self, *names: str, heads: Iterable[nn.Module] = ()) -> None:
         """Exactly these adapters (and heads) get gradients. The only place that sets `requires_grad`."""
-        self._known(names)
+        self.known(names)
         self.requires_grad_(False)
         for name in names:
             self.adapters[name].requires_grad_(True)
@@ -224,13 +230,22 @@ class Adapted(nn.Module):
         Raises:
             InputError: nothing folds (with the kinds that are there), a weight becomes non-finite, or the check fails.
         """
-        self._known(names)
+        self.known(names)
         chosen = list(names) or [n for n in self.adapters if self.is_enabled(n)]
         return self.merger.merge(self, chosen, check)
 
     def unmerge(self) -> None:
         """Put the original weights back, bit for bit, and the adapters to work again."""
         self.merger.unmerge(self)
+
+    # ---- files ----------------------------------------------------------------------------------------------------
+    def save(self, path: str, *names: str, heads: dict[str, nn.Module] | None = None, extra: dict | None = None) -> None:
+        """Write adapters (all where none is named) and heads to one file; see `core.io.save_adapter`."""
+        save_adapter(self, path, *names, heads=heads, extra=extra)
+
+    def load(self, path: str, heads: dict[str, nn.Module] | None = None, check_base: bool = True) -> LoadReport:
+        """Read an adapter file, attaching what is not attached yet; see `core.io.load_adapter`."""
+        return load_adapter(self, path, heads=heads, check_base=check_base)
 
     # ---- running --------------------------------------------------------------------------------------------------
     def forward(self, x: Tensor) -> Features:

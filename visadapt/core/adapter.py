@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import nn
 
 from ..errors import InputError
+from ..registry import arguments_of
 from .kinds import Side, SiteModule
 from .sites import ROLES, Site, select
 
@@ -83,9 +83,7 @@ class Adapter(nn.Module):
 
     def arguments(self) -> dict[str, Any]:
         """Constructor arguments that rebuild this adapter, as JSON values."""
-        names = inspect.signature(type(self)).parameters
-        values = {n: getattr(self, n) for n in names}
-        return {n: list(v) if isinstance(v, tuple) else v for n, v in values.items()}
+        return arguments_of(self)
 
     def require_positive(self, **numbers: float) -> None:
         """Refuse counts and widths below 1, by name."""

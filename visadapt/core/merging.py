@@ -23,11 +23,12 @@ class Merger:
 
     Attributes:
         names: adapters that are folded in at the moment.
+        originals: (weight, bias) of the base by module path, for what a merge replaced.
     """
 
     def __init__(self) -> None:
         self.names: list[str] = []
-        self._originals: dict[str, tuple[Tensor, Tensor | None]] = {}
+        self.originals: dict[str, tuple[Tensor, Tensor | None]] = {}
         self._forwards: dict[str, tuple[WeightForward, list[SiteModule]]] = {}
         self._stacks: list[SiteModule] = []
 
@@ -89,7 +90,7 @@ class Merger:
 
     def _write(self, path: str, forward: WeightForward, pieces: list[SiteModule], weight: Tensor, bias: Tensor | None):
         module = forward.module
-        self._originals[path] = (module.weight.clone(), None if module.bias is None else module.bias.clone())
+        self.originals[path] = (module.weight.clone(), None if module.bias is None else module.bias.clone())
         module.weight.copy_(weight)
         if bias is not None and module.bias is None:
             module.bias = nn.Parameter(bias.to(module.weight.dtype), requires_grad=False)
@@ -105,7 +106,7 @@ class Merger:
 
     @torch.no_grad()
     def unmerge(self, adapted: Adapted) -> None:
-        for path, (weight, bias) in self._originals.items():
+        for path, (weight, bias) in self.originals.items():
             module = adapted.backbone.body.get_submodule(path)
             module.weight.copy_(weight)
             if bias is None:

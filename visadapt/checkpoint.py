@@ -1,0 +1,122 @@
+"""Checkpoints for resuming: what trains, every state of the run, and nothing of the frozen base.
+
+A resumed run ends with the same weights as an uninterrupted one, bit for bit on a CPU.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.logging import HistoryBuffer
+from torch import Tensor, nn
+
+from .core.adapted import Adapted
+from .core.io import fingerprint
+from .errors import InputError
+from .files import atomic
+from .hooks.steps import unwrap
+
+HISTORY = 256
+"""Logged values that are kept per scalar; no smoothing window is longer."""
+
+
+def _adapted(model: nn.Module) -> Adapted:
+    return next(m for m in model.modules() if isinstance(m, Adapted))
+
+
+def trained_state(model: nn.Module) -> dict[str, Tensor]:
+    """The task's state without the frozen base: adapters with their buffers, heads, and base values that train."""
+    frozen = {f"adapted.backbone.{n}" for n, p in _adapted(model).backbone.named_parameters() if not p.requires_grad}
+    frozen |= {f"adapted.backbone.{n}" for n, _ in _adapted(model).backbone.named_buffers()}
+    return {k: v.cpu().clone() for k, v in model.state_dict().items() if k not in frozen}
+
+
+def _plain(values: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in values.items() if isinstance(v, int | float | str | bool | None)}
+
+
+def save(runner, path: Path, epoch: int, step: int) -> None:
+    """Write everything that a resumed run needs; the file appears whole or not at all."""
+    model = unwrap(runner.model)
+    hub = runner.message_hub
+    scalars = {k: tuple(part[-HISTORY:].tolist() for part in v.data) for k, v in hub.log_scalars.items()}
+    pending = getattr(runner.optim_wrapper, "_inner_count", 0) % runner.optim_wrapper._accumulative_counts
+    gradients = {n: p.grad.cpu() for n, p in model.named_parameters() if p.grad is not None} if pending else {}
+    content = {
+        "meta": {"epoch": epoch, "iter": step, "seed": runner.seed, "world_size": runner.world_size},
+        "fingerprint": fingerprint(_adapted(model)),
+        "state_dict": trained_state(model),
+        "optimizer": runner.optim_wrapper.state_dict(),
+        "gradients": gradients,
+        "param_schedulers": [s.state_dict() for s in runner.param_schedulers or ()],
+        "log": {"scalars": scalars, "infos": _plain(hub.runtime_info)},
+        "hooks": {type(h).__name__: h.state_dict() for h in runner.hooks if hasattr(h, "load_state_dict")},
+    }
+    with atomic(path) as temporary:
+        torch.save(content, temporary)
+
+
+def read(path: str | os.PathLike) -> dict[str, Any]:
+    """A checkpoint's content.
+
+    Raises:
+        InputError: missing, truncated, with code in it, or no checkpoint of a run.
+    """
+    if not Path(path).is_file():
+        raise InputError(f"no checkpoint {path}")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise InputError(f"{path} holds more than tensors and plain values; it may carry code and is not loaded") from error
+    except (RuntimeError, EOFError, OSError, zipfile.BadZipFile) as error:
+        raise InputError(f"{path} is damaged or cut off and cannot be read") from error
+    if not isinstance(content, dict) or not {"meta", "state_dict", "optimizer", "fingerprint"} <= set(content):
+        raise InputError(f"{path} is no checkpoint of a training run; adapter files go to visadapt test or predict")
+    return content
+
+
+def numbered(folder: Path) -> list[Path]:
+    """The checkpoints of a run folder, fewest steps first."""
+    found = [p for p in folder.glob("*.pth") if re.fullmatch(r"(epoch|iter)_\d+\.pth", p.name)]
+    return sorted(found, key=lambda p: int(p.stem.split("_")[1]))
+
+
+def restore(runner, path: Path) -> None:
+    """Put a run back to where the checkpoint was written.
+
+    Raises:
+        InputError: another base, another model, or another number of processes.
+    """
+    content = read(path)
+    meta, model = content["meta"], unwrap(runner.model)
+    if meta["world_size"] != runner.world_size:
+        raise InputError(f"{path} was written by {meta['world_size']} processes, this run has {runner.world_size}")
+    if content["fingerprint"] != fingerprint(_adapted(model)):
+        raise InputError(f"{path} belongs to another base (fingerprint {content['fingerprint'][:12]}); use the same weights")
+    state, own = content["state_dict"], trained_state(model)
+    different = sorted(set(state) ^ set(own)) or [k for k in own if own[k].shape != state[k].shape]
+    if different:
+        raise InputError(f"{path} belongs to another model: {len(different)} tensors differ, first {different[0]}")
+    model.load_state_dict(state, strict=False)
+    for name, gradient in content["gradients"].items():
+        parameter = model.get_parameter(name)
+        parameter.grad = gradient.to(parameter)
+    if meta["seed"] is not None:
+        runner._randomness_cfg.update(seed=meta["seed"])
+        runner.set_randomness(**runner._randomness_cfg)
+    runner.train_loop._epoch, runner.train_loop._iter = meta["epoch"], meta["iter"]
+    runner.optim_wrapper.load_state_dict(content["optimizer"])
+    for scheduler, saved in zip(runner.param_schedulers or (), content["param_schedulers"]):
+        scheduler.load_state_dict(saved)
+    hub = runner.message_hub
+    hub.log_scalars.update({k: HistoryBuffer(*v) for k, v in content["log"]["scalars"].items()})
+    hub.runtime_info.update(content["log"]["infos"])
+    for hook in runner.hooks:
+        if type(hook).__name__ in content["hooks"]:
+            hook.load_state_dict(content["hooks"][type(hook).__name__], runner)

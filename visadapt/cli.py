@@ -1,0 +1,108 @@
+"""The `visadapt` command: finds the module of a subcommand and turns errors into exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+from . import __version__
+from .errors import InputError, hint
+
+COMMANDS = {
+    "train": "train an adapter and a head from a config",
+    "test": "evaluate an adapter file or a run on its test split",
+    "predict": "label images; write JSON lines and overlay pictures",
+    "merge": "fold an adapter into its backbone and write the weights",
+    "convert": "convert checkpoints of other projects",
+    "bench": "measure speed and memory",
+    "list": "show adapters, backbones, heads, tasks and datasets",
+    "sites": "show where a backbone can be adapted",
+    "info": "show what an adapter file holds",
+    "check": "check a config: arguments, model, datasets",
+    "doctor": "check the installation",
+}
+DONE, BUG, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
+
+
+def _front() -> argparse.ArgumentParser:
+    """The parser of the first word; each command has one of its own for the rest."""
+    parser = argparse.ArgumentParser(
+        "visadapt",
+        description="Adapt vision foundation models with small adapters.",
+        epilog="'visadapt COMMAND --help' shows the arguments of a command.",
+    )
+    parser.add_argument("--version", action="version", version=f"visadapt {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, line in COMMANDS.items():
+        commands.add_parser(name, help=line, add_help=False)
+    return parser
+
+
+def _parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
+    """Options may stand between overrides; argparse refuses that form only to parsers with subcommands."""
+    nested = any(action.nargs == argparse.PARSER for action in parser._actions)
+    return parser.parse_args(argv) if nested else parser.parse_intermixed_args(argv)
+
+
+def _system_problem(error: OSError, argv: Sequence[str]) -> str | None:
+    """One line for a system error that the user can mend, None for one that is a bug."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        place = f" while writing {error.filename}" if error.filename else ""
+        return f"{os.strerror(error.errno).lower()}{place}; free some space and run the command again"
+    given = {part for word in argv for part in (word, word.partition("=")[2]) if part}
+    if error.filename is not None and str(error.filename) in given:
+        return f"{error.filename}: {(error.strerror or str(error)).lower()}"
+    return None
+
+
+def _fail(message: str, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    print(f"visadapt: error: {' '.join(message.split())}", file=sys.stderr)
+    return WRONG_INPUT
+
+
+def _guarded(command, args: argparse.Namespace, argv: Sequence[str]) -> int:
+    try:
+        code = command.run(args)
+        sys.stdout.flush()
+        return code
+    except InputError as error:
+        return _fail(str(error), args.debug)
+    except KeyboardInterrupt:
+        print("visadapt: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader has seen enough, as in `visadapt list | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return DONE
+    except OSError as error:
+        if (message := _system_problem(error, argv)) is not None:
+            return _fail(message, args.debug)
+        traceback.print_exc()
+        return BUG
+    except Exception:
+        traceback.print_exc()
+        return BUG
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Returns:
+        0 done; 1 a bug, with its traceback; 2 wrong input, told in one line; 130 interrupted.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    front = _front()
+    if argv and not argv[0].startswith("-") and argv[0] not in COMMANDS:
+        front.error(f"unknown command '{argv[0]}'{hint(argv[0], COMMANDS)}")
+    name = front.parse_args(argv[:1]).command
+    command = importlib.import_module(f".commands.{name}", __package__)
+    parser = argparse.ArgumentParser(f"visadapt {name}", description=command.__doc__)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    command.add_arguments(parser)
+    return _guarded(command, _parse(parser, argv[1:]), argv)

@@ -1,0 +1,47 @@
+"""`visadapt test config.py adapter.safetensors`: metrics of an adapter file on the config's test set."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from ..errors import InputError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", help="the config whose data are used")
+    parser.add_argument("adapter", help="adapter file of a run")
+    parser.add_argument("overrides", nargs="*", help="a.b.c=value, for keys that the config has")
+    parser.add_argument("--cfg-options", nargs="+", default=[], help="the same as positional overrides")
+    parser.add_argument("--out", help="folder for report.json, confusion.png and predictions.png")
+    parser.add_argument("--json", action="store_true", help="print the metrics as one JSON object")
+
+
+def run(args: argparse.Namespace) -> int:
+    from mmengine.evaluator import Evaluator
+    from mmengine.runner import Runner
+
+    from .. import config
+    from ..registry import TASKS
+    from ..run_report import evaluate, evaluation_files
+
+    cfg = config.load(args.config, [*args.overrides, *args.cfg_options])
+    part = "test" if cfg.get("test_dataloader") is not None else "val"
+    if cfg.get(f"{part}_dataloader") is None:
+        raise InputError(f"{args.config} has neither test_dataloader nor val_dataloader")
+    task = TASKS.build(cfg.model)
+    report = task.adapted.load(args.adapter, heads=task.heads)
+    loader = Runner.build_dataloader(cfg[f"{part}_dataloader"], seed=0)
+    evaluator = Evaluator(cfg[f"{part}_evaluator"])
+    evaluator.dataset_meta = loader.dataset.metainfo
+    metrics = evaluate(task, loader, evaluator)
+    if args.json:
+        print(json.dumps({"images": len(loader.dataset), **metrics}))
+    else:
+        print(report)
+        print("  ".join(f"{k} {v:.4f}" for k, v in metrics.items()), f" on {len(loader.dataset)} images ({part} set)")
+    if args.out:
+        for path in evaluation_files(task, evaluator.metrics[0], loader.dataset, Path(args.out)):
+            print(f"wrote {path}")
+    return 0

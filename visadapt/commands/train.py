@@ -1,0 +1,83 @@
+"""`visadapt train config.py`: train adapters and heads, leave a complete run folder."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+from ..errors import InputError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", help="a config file")
+    parser.add_argument("overrides", nargs="*", help="a.b.c=value, for keys that the config has")
+    parser.add_argument("--cfg-options", nargs="+", default=[], help="the same as positional overrides")
+    parser.add_argument("--work-dir", help="folder of the run; work_dirs/<config> by default")
+    parser.add_argument(
+        "--resume", nargs="?", const="auto", help="go on from the folder's newest checkpoint, or from the one given"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="delete what an earlier run left in the folder")
+
+
+def run(args: argparse.Namespace) -> int:
+    from .. import config
+
+    cfg = config.load(args.config, [*args.overrides, *args.cfg_options])
+    train(cfg, args.work_dir, resume=args.resume, overwrite=args.overwrite)
+    return 0
+
+
+def prepare_folder(folder: Path, resume: str | None, overwrite: bool) -> None:
+    """Make the run folder; an earlier run in it is neither mixed with the new one nor lost by accident.
+
+    Raises:
+        InputError: the folder holds a run, and neither resume nor overwrite was asked for.
+    """
+    used = folder.is_dir() and any((folder / n).exists() for n in ("metrics.jsonl", "config.py"))
+    if used and overwrite and not resume:
+        shutil.rmtree(folder)
+    elif used and not resume:
+        raise InputError(f"{folder} holds an earlier run; --resume goes on with it, --overwrite replaces it")
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+def train(cfg, work_dir: str | None = None, resume: str | None = None, overwrite: bool = False):
+    """Run a checked config to its end.
+
+    Args:
+        cfg: from `visadapt.config.load`.
+        work_dir: folder of the run.
+        resume: None, "auto" for the folder's newest checkpoint, or a checkpoint.
+        overwrite: replace an earlier run in the folder.
+
+    Returns:
+        The runner.
+    """
+    from .. import engine
+    from ..environment import environment
+    from ..run_report import write_report
+
+    folder = Path(work_dir or cfg.get("work_dir") or Path("work_dirs") / Path(cfg.filename).stem)
+    main_process = engine.is_main_process()
+    if main_process:
+        prepare_folder(folder, resume, overwrite)
+        cfg.dump(str(folder / "config.py"))
+        (folder / "environment.json").write_text(json.dumps(environment(), indent=1))
+    cfg.work_dir = str(folder)
+    cfg.resume = resume is not None
+    if resume not in (None, "auto"):
+        cfg.load_from = resume
+    try:
+        runner = engine.build_runner(cfg)
+        task = engine.unwrap(runner.model)
+        if main_process:
+            print(task.adapted.trainable_report(task.heads), flush=True)
+        runner.train()
+        if main_process:
+            for path in write_report(runner):
+                print(f"wrote {path}")
+    finally:
+        engine.close()
+    return runner

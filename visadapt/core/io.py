@@ -1,0 +1,250 @@
+"""The adapter file: one safetensors file that says what it is, for which base, and how to check it.
+
+Tensors are named `adapters/<name>/<site key>/<parameter>`, `adapters/<name>/shared/<parameter>`,
+`base/<name>/<parameter>` (only base values that were trained), `heads/<name>/<parameter>` and `probe/output`.
+The metadata holds one JSON manifest under the key "visadapt".
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .. import __version__
+from ..errors import InputError
+from ..files import atomic
+from ..registry import ADAPTERS, arguments_of
+from .probe import check_probe, run_probe
+
+if TYPE_CHECKING:
+    from .adapted import Adapted
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What a load did.
+
+    Attributes:
+        loaded: tensors of the file that were read into modules.
+        expected_missing: base tensors, which an adapter file leaves out on purpose.
+        unexpected: tensors of the file that nobody asked for (heads that were not handed in).
+        probe_error: largest difference from the stored probe, relative to max(1, |y|); None where it was not run.
+    """
+
+    loaded: list[str]
+    expected_missing: list[str]
+    unexpected: list[str]
+    probe_error: float | None = None
+
+    def __str__(self) -> str:
+        probe = "" if self.probe_error is None else f", probe differs by {self.probe_error:.1e}"
+        unused = f", unused: {', '.join(self.unexpected)}" if self.unexpected else ""
+        return f"loaded {len(self.loaded)} tensors; {len(self.expected_missing)} base tensors stay as they are{unused}{probe}"
+
+
+def _digest(tensors: dict[str, Tensor], dtype: torch.dtype | None = None) -> str:
+    """sha256 over names, shapes and values, in the order of names."""
+    total = hashlib.sha256()
+    for name in sorted(tensors):
+        value = tensors[name].detach().to("cpu", dtype or tensors[name].dtype).contiguous()
+        total.update(f"{name}{tuple(value.shape)}".encode())
+        total.update(value.reshape(-1).view(torch.uint8).numpy())
+    return total.hexdigest()
+
+
+def fingerprint(adapted: Adapted) -> str:
+    """sha256 of the untouched base in float32, whatever is merged or swapped in at the moment."""
+    tensors = {k: v for k, v in adapted.backbone.body.state_dict().items() if v.is_floating_point()}
+    tensors |= adapted.base_values.originals
+    for path, (weight, bias) in adapted.merger.originals.items():
+        tensors[f"{path}.weight"] = weight
+        tensors.pop(f"{path}.bias", None)
+        if bias is not None:
+            tensors[f"{path}.bias"] = bias
+    return _digest(tensors, torch.float32)
+
+
+def adapter_tensors(adapted: Adapted, name: str) -> dict[str, Tensor]:
+    """All tensors of one adapter under their names in a file."""
+    adapter = adapted.adapters[name]
+    found = {}
+    for key, piece in adapter.pieces.items():
+        found |= {f"adapters/{name}/{key}/{k}": v for k, v in piece.state_dict().items()}
+    found |= {f"adapters/{name}/shared/{k}": v for k, v in adapter.common.state_dict().items()}
+    found |= {f"base/{name}/{k}": v for k, v in adapted.base_values.values(name, adapted.backbone.body).items()}
+    return found
+
+
+def save_adapter(
+    adapted: Adapted,
+    path: str | os.PathLike,
+    *names: str,
+    heads: dict[str, nn.Module] | None = None,
+    extra: dict[str, Any] | None = None,
+) -> Path:
+    """Write adapters and heads; the file appears whole or not at all.
+
+    Args:
+        adapted: backbone with the adapters.
+        path: a .safetensors file.
+        names: adapters to write; all where none is given.
+        heads: by name.
+        extra: JSON values of the task: class names, bands, transforms.
+
+    Raises:
+        InputError: adapters are merged, a name is unknown, or the disk is full.
+    """
+    if adapted.merger.names:
+        raise InputError(f"{adapted.merger.names} are merged; unmerge before saving an adapter file")
+    chosen = names or tuple(adapted.adapters)
+    adapted.known(chosen)
+    heads = heads or {}
+    tensors = {k: v for n in chosen for k, v in adapter_tensors(adapted, n).items()}
+    for head_name, head in heads.items():
+        tensors |= {f"heads/{head_name}/{k}": v for k, v in head.state_dict().items()}
+    tensors["probe/output"] = run_probe(adapted, chosen)
+    tensors = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
+    manifest = {
+        "format": FORMAT,
+        "visadapt": __version__,
+        "adapters": {
+            n: {
+                "type": type(adapted.adapters[n]).__name__,
+                "arguments": adapted.adapters[n].arguments(),
+                "sites": [asdict(p.site) | {"key": k} for k, p in adapted.adapters[n].pieces.items()],
+            }
+            for n in chosen
+        },
+        "backbone": {
+            "type": type(adapted.backbone).__name__,
+            "arguments": adapted.backbone.arguments(),
+            "fingerprint": fingerprint(adapted),
+        },
+        "heads": {n: {"type": type(h).__name__, "arguments": arguments_of(h, ("in_dim",))} for n, h in heads.items()},
+        "tensors": {k: {"shape": list(v.shape), "dtype": str(v.dtype).removeprefix("torch.")} for k, v in tensors.items()},
+        "sha256": _digest(tensors),
+        **(extra or {}),
+    }
+    with atomic(path) as temporary:
+        save_file(tensors, temporary, metadata={"visadapt": json.dumps(manifest)})
+    return Path(path)
+
+
+def _open(path: str | os.PathLike):
+    if not Path(path).is_file():
+        raise InputError(f"no adapter file {path}")
+    try:
+        return safe_open(str(path), framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path} is no complete adapter file ({error}); it was cut off or is of another format") from error
+
+
+def read_manifest(path: str | os.PathLike) -> dict[str, Any]:
+    """The manifest of an adapter file, without reading its tensors.
+
+    Raises:
+        InputError: the file is missing, truncated, or not an adapter file.
+    """
+    with _open(path) as file:
+        text = (file.metadata() or {}).get("visadapt")
+    if text is None:
+        raise InputError(f"{path} is a safetensors file without a visadapt manifest; it is no adapter file")
+    manifest = json.loads(text)
+    if manifest["format"] > FORMAT:
+        raise InputError(f"{path} was written by visadapt {manifest['visadapt']}; this is {__version__}, upgrade to read it")
+    return manifest
+
+
+def read_tensors(path: str | os.PathLike, manifest: dict[str, Any]) -> dict[str, Tensor]:
+    """All tensors of an adapter file.
+
+    Raises:
+        InputError: the values are not those that were written.
+    """
+    with _open(path) as file:
+        tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
+    if _digest(tensors) != manifest["sha256"]:
+        raise InputError(f"{path}: the tensors do not match their checksum; the file was damaged or altered")
+    return tensors
+
+
+def load_adapter(
+    adapted: Adapted,
+    path: str | os.PathLike,
+    heads: dict[str, nn.Module] | None = None,
+    check_base: bool = True,
+    check_probe_output: bool = True,
+) -> LoadReport:
+    """Read an adapter file into `adapted`; adapters that are not attached yet are built and attached.
+
+    Args:
+        adapted: the same base as at saving.
+        path: the file.
+        heads: heads to fill, by their names in the file.
+        check_base: refuse another base; switch off only if you know that the bases are equal.
+        check_probe_output: run the stored probe and compare.
+
+    Raises:
+        InputError: a damaged file, another base, tensors that are missing or of other shape, or a probe that differs.
+    """
+    manifest = read_manifest(path)
+    tensors = read_tensors(path, manifest)
+    made_for, here = manifest["backbone"], fingerprint(adapted)
+    if check_base and made_for["fingerprint"] != here:
+        name = made_for["arguments"].get("name", "")
+        raise InputError(
+            f"{path} was made for {made_for['type']}({name}), fingerprint {made_for['fingerprint'][:12]}; "
+            f"this backbone has {here[:12]}. Load the same base weights, or pass check_base=False if they are equal"
+        )
+    _attach_missing(adapted, manifest, path)
+    loaded: list[str] = []
+    for name in manifest["adapters"]:
+        own = adapter_tensors(adapted, name)
+        given = {k: v for k, v in tensors.items() if k.startswith((f"adapters/{name}/", f"base/{name}/"))}
+        _copy(given, own, f"{path}, adapter '{name}'")
+        prefix = f"base/{name}/"
+        base = {k.removeprefix(prefix): v for k, v in given.items() if k.startswith(prefix)}
+        adapted.base_values.load(name, base, adapted.backbone.body)
+        loaded += given
+    for name, head in (heads or {}).items():
+        prefix = f"heads/{name}/"
+        given = {k: v for k, v in tensors.items() if k.startswith(prefix)}
+        _copy(given, {prefix + k: v for k, v in head.state_dict().items()}, f"{path}, head '{name}'")
+        loaded += given
+    unexpected = sorted(set(tensors) - set(loaded) - {"probe/output"})
+    names = tuple(manifest["adapters"])
+    error = check_probe(adapted, names, tensors["probe/output"], path) if check_probe_output and check_base else None
+    return LoadReport(sorted(loaded), sorted(adapted.backbone.body.state_dict()), unexpected, error)
+
+
+def _attach_missing(adapted: Adapted, manifest: dict[str, Any], path: str | os.PathLike) -> None:
+    for name, entry in manifest["adapters"].items():
+        if name not in adapted.adapters:
+            adapted.add(name, ADAPTERS.build({"type": entry["type"], **entry["arguments"]}))
+        elif (here := type(adapted.adapters[name]).__name__) != entry["type"]:
+            raise InputError(f"{path} has {entry['type']} as adapter '{name}', here it is {here}; remove or rename it")
+
+
+@torch.no_grad()
+def _copy(given: dict[str, Tensor], own: dict[str, Tensor], where: str) -> None:
+    """Copy values by name; every name and shape must be there on both sides."""
+    if missing := sorted(set(own) - set(given)):
+        raise InputError(f"{where}: {len(missing)} tensors are missing, first {missing[0]}")
+    if extra := sorted(set(given) - set(own)):
+        raise InputError(f"{where}: {len(extra)} tensors have no place here, first {extra[0]}")
+    for key, value in given.items():
+        if own[key].shape != value.shape:
+            raise InputError(f"{where}: {key} is {tuple(value.shape)} in the file and {tuple(own[key].shape)} here")
+    for key, value in given.items():
+        own[key].copy_(value)

@@ -1,0 +1,52 @@
+"""A probe: what an adapted backbone answers to a fixed input. Stored with an adapter, compared when it is loaded."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+
+if TYPE_CHECKING:
+    from .adapted import Adapted
+
+TOLERANCE = 1e-2
+"""Relative to max(1, |y|): other machines and precisions differ by less, a wrong base or adapter by more."""
+
+
+@torch.no_grad()
+def run_probe(adapted: Adapted, names: Sequence[str]) -> Tensor:
+    """(D,) pooled vector of a seeded image, with exactly these adapters; modes and switches are as before afterwards."""
+    backbone = adapted.backbone
+    reference = next(backbone.parameters())
+    side = 2 * backbone.patch
+    generator = torch.Generator().manual_seed(0)
+    frames = adapted.ctx.num_frames
+    image = torch.randn(frames, backbone.in_chans, side, side + backbone.patch, generator=generator)
+    modes = [(m, m.training) for m in adapted.modules()]
+    adapted.eval()
+    try:
+        with adapted.only(*names), torch.autocast(reference.device.type, enabled=False):
+            return adapted(image.to(reference)).native[0].float().cpu()
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def check_probe(adapted: Adapted, names: Sequence[str], stored: Tensor, path: str | os.PathLike) -> float:
+    """Largest difference from the stored answer, relative to max(1, |y|).
+
+    Raises:
+        InputError: it exceeds the tolerance.
+    """
+    here = run_probe(adapted, names)
+    error = ((here - stored).abs() / stored.abs().clamp(min=1)).max().item()
+    if not error <= TOLERANCE:
+        raise InputError(
+            f"{path}: the loaded adapter answers its stored probe with an error of {error:.1e} (allowed {TOLERANCE:.0e})"
+        )
+    return error

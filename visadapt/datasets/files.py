@@ -1,0 +1,167 @@
+"""Where data lie on disk and how one image file is read."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from ..errors import InputError
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+RASTERS = (".tif", ".tiff")
+IMAGE_SUFFIXES = (*PICTURES, *RASTERS, ".npy")
+
+# OpenCV writes decoder complaints to stderr without the name of the file; the errors raised here carry it.
+cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+
+
+class UnreadableImage(InputError):
+    """The file is missing or damaged. Wrong band counts and unknown formats are plain InputErrors."""
+
+
+def _first_existing(what: str, candidates: Iterable[Path], advice: str) -> Path:
+    places = list(dict.fromkeys(candidates))
+    for place in places:
+        if place.exists():
+            return place
+    raise InputError(f"{what} not found; looked at {', '.join(map(str, places))}; {advice}")
+
+
+def data_root(name: str | Path) -> Path:
+    """Folder of a data set.
+
+    An absolute path, or one that exists as it stands, is returned unchanged. A plain name is looked for below
+    `VISADAPT_DATA`; where that is not set, below `data/` and then `../shared/data`, each seen from the working
+    directory and from the repository.
+
+    Raises:
+        InputError: there is no such folder; every place that was looked at is named.
+    """
+    name = Path(name).expanduser()
+    root = os.environ.get("VISADAPT_DATA")
+    if name.is_absolute():
+        candidates = [name]
+    elif root:
+        candidates = [name, Path(root).expanduser() / name]
+    else:
+        homes = (Path.cwd(), REPOSITORY)
+        bases = [*(home / "data" for home in homes), *(home.parent / "shared" / "data" for home in homes)]
+        candidates = [name, *(base / name for base in bases)]
+    place = _first_existing(f"data folder '{name}'", candidates, "set VISADAPT_DATA to the folder that holds it")
+    if not place.is_dir():
+        raise InputError(f"data folder '{name}': {place} is a file, a folder is needed")
+    return place
+
+
+def find_list(list_file: str | Path, root: Path) -> Path:
+    """A list file as it stands, below the data set's root, or below the repository.
+
+    Raises:
+        InputError: it is in none of these places.
+    """
+    list_file = Path(list_file).expanduser()
+    candidates = [list_file, root / list_file, REPOSITORY / list_file]
+    return _first_existing(f"list file '{list_file}'", candidates, "give its path, or its path below the data folder")
+
+
+def read_lines(path: Path) -> list[tuple[int, str]]:
+    """(line number from 1, text) of every line that is neither empty nor a `#` comment.
+
+    Raises:
+        InputError: the file is not text, or nothing is left.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"list file {path} is not UTF-8 text; give a text file with one image per line") from error
+    lines = [(n, line.strip()) for n, line in enumerate(text.splitlines(), 1)]
+    lines = [(n, line) for n, line in lines if line and not line.startswith("#")]
+    if not lines:
+        raise InputError(f"list file {path} names no image")
+    return lines
+
+
+def read_image(path: str | Path, channels: int = 3) -> np.ndarray:
+    """Read one image.
+
+    jpg, png, webp and bmp are decoded in RGB order; with `channels=3` grey is repeated to three bands, alpha is
+    dropped, 16 bits become 8 and a camera's orientation tag is obeyed. npy holds (height, width, bands). tif with three
+    8-bit bands is read as a picture, any other tif needs rasterio.
+
+    Args:
+        path: the file; its suffix decides how it is read.
+        channels: the number of bands the caller needs.
+
+    Returns:
+        (H, W, channels), in the values and the type of the file.
+
+    Raises:
+        UnreadableImage: the file is missing or damaged.
+        InputError: the format is unknown, or the number of bands is another one.
+    """
+    path = Path(path)
+    suffix = path.suffix.lower()
+    if suffix not in IMAGE_SUFFIXES:
+        raise InputError(f"{path}: images of type '{suffix}' are not read; use one of {', '.join(IMAGE_SUFFIXES)}")
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UnreadableImage(f"{path} cannot be read: {error.strerror}") from error
+    if suffix == ".npy":
+        image = _read_array(path)
+    elif suffix in RASTERS:
+        image = _read_raster(path, data)
+    else:
+        image = _decode(path, data, cv2.IMREAD_COLOR_RGB if channels == 3 else cv2.IMREAD_UNCHANGED)
+    if image.ndim == 2:
+        image = image[..., None]
+    if image.shape[2] == 1 and channels == 3:
+        image = np.repeat(image, 3, axis=2)
+    if image.shape[2] != channels:
+        layout = f" (its array is {image.shape}, read as height, width, bands)" if suffix == ".npy" else ""
+        raise InputError(
+            f"{path} has {image.shape[2]} bands{layout}, {channels} are needed; set channels or convert it"
+        )
+    return image
+
+
+def _decode(path: Path, data: bytes, flags: int) -> np.ndarray:
+    """(H, W) or (H, W, C) in RGB or RGBA order."""
+    image = cv2.imdecode(np.frombuffer(data, np.uint8), flags) if data else None
+    if image is None:
+        raise UnreadableImage(f"{path} is damaged or not an image")
+    if flags == cv2.IMREAD_UNCHANGED and image.ndim == 3:
+        return image[..., [2, 1, 0, 3][: image.shape[2]]]
+    return image
+
+
+def _read_array(path: Path) -> np.ndarray:
+    try:
+        image = np.load(path, allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise UnreadableImage(f"{path} is damaged or not an array of numbers") from error
+    if image.ndim not in (2, 3) or image.dtype.kind not in "buif":
+        raise InputError(f"{path} holds {image.dtype} {image.shape}; an image is numbers (height, width, bands)")
+    return image
+
+
+def _read_raster(path: Path, data: bytes) -> np.ndarray:
+    image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED) if data else None
+    if image is not None and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3:
+        return image[..., ::-1]
+    try:
+        import rasterio
+    except ImportError as error:
+        raise InputError(
+            f"{path} is not a tif of three 8-bit bands; reading it needs rasterio: pip install 'visadapt[geo]'"
+        ) from error
+    try:
+        with rasterio.open(path) as raster:
+            return np.moveaxis(raster.read(), 0, -1)
+    except rasterio.errors.RasterioIOError as error:
+        raise UnreadableImage(f"{path} is damaged or not a raster") from error

@@ -1,0 +1,92 @@
+"""From a config to a runner: processes, defaults, and checkpoints that resume exactly."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from mmengine.config import Config
+from mmengine.dist import barrier
+from mmengine.runner import Runner
+
+from . import checkpoint
+from .errors import InputError
+from .hooks.cache import CacheFeatures
+from .hooks.files import Console, MetricsFile
+from .hooks.steps import StepSeed, unwrap
+
+__all__ = ["build_runner", "close", "is_main_process", "unwrap"]
+
+
+class AdaptRunner(Runner):
+    """mmengine's runner that resumes exactly."""
+
+    def dump_config(self) -> None:
+        """The resolved config is written by the train command, before anything is built."""
+
+    def _log_env(self, env_cfg: dict) -> None:
+        """Left out: formatting the config for a log that nobody sees takes a second; see environment.json."""
+
+    def load_or_resume(self) -> None:
+        """Resume from the folder's newest checkpoint (`resume=True`) or from the one in `load_from`."""
+        if self._has_loaded or not self._resume:
+            return
+        written = [Path(self._load_from)] if self._load_from else checkpoint.numbered(Path(self.work_dir))
+        if not written:
+            print(f"no checkpoint in {self.work_dir} yet: training starts from the beginning", flush=True)
+        else:
+            checkpoint.restore(self, written[-1])
+            print(f"resumed from {written[-1]} at epoch {self.epoch}, step {self.iter}", flush=True)
+        self._has_loaded = True
+
+
+def is_main_process() -> bool:
+    """True in the process that writes files, also before the process group exists."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def _join_processes(cfg: Config) -> None:
+    """Set up the process group under torchrun; mmengine's own set-up needs a GPU."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return
+    cuda = torch.cuda.is_available()
+    cfg.launcher = "pytorch"
+    if not dist.is_initialized():
+        if cuda:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if cuda else "gloo")
+    wrapper = {"type": "MMDistributedDataParallel", "broadcast_buffers": False, "find_unused_parameters": False}
+    cfg.setdefault("model_wrapper_cfg", wrapper)
+    if not cuda:
+        cfg.model_wrapper_cfg["device_ids"] = None
+
+
+def build_runner(cfg: Config) -> AdaptRunner:
+    """The runner for a checked config.
+
+    Raises:
+        InputError: what the parts refuse, e.g. a missing data folder.
+    """
+    _join_processes(cfg)
+    hooks: list[Any] = [StepSeed(), MetricsFile(), Console(), *cfg.get("custom_hooks", ())]
+    if cfg.pop("cache_features", False):
+        hooks.append(CacheFeatures())
+    cfg.pop("custom_hooks", None)
+    cfg.log_level = "WARNING"  # the screen belongs to the Console hook, figures to metrics.jsonl
+    loops = [("train_dataloader", "train_cfg"), ("val_dataloader", "val_cfg"), ("test_dataloader", "test_cfg")]
+    for loader, loop in loops:
+        if cfg.get(loader) is not None and cfg.get(loop) is None:
+            raise InputError(f"the config has {loader} and no {loop}")
+    runner = AdaptRunner.from_cfg(cfg)
+    runner.register_custom_hooks(hooks)
+    return runner
+
+
+def close() -> None:
+    """Leave the process group; without this a finished run can abort at exit."""
+    if dist.is_available() and dist.is_initialized():
+        barrier()
+        dist.destroy_process_group()

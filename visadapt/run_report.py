@@ -1,0 +1,75 @@
+"""The pictures and tables that a training run leaves behind."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from .core.io import load_adapter, read_manifest
+from .datasets.base import collate
+from .files import atomic
+from .hooks.steps import unwrap
+from .visualization.confusion import plot_confusion
+from .visualization.curves import plot_curves
+from .visualization.sheet import prediction_sheet
+
+SHOWN = 40
+"""Samples on the sheet of predictions."""
+
+
+def write_report(runner: Any) -> list[Path]:
+    """Curves, and with a validation set the sheet of predictions, the confusion matrix and the per-class report.
+
+    The best adapter file is loaded first, so that figures and pictures show what users get.
+
+    Returns:
+        What was written, the adapter files among it.
+    """
+    folder = Path(runner.work_dir)
+    written = [folder / "curves.png"]
+    plot_curves(folder / "metrics.jsonl", written[0])
+    best = folder / "adapter_best.safetensors"
+    if runner.val_loop is not None and best.exists():
+        task, loop = unwrap(runner.model), runner.val_loop
+        load_adapter(task.adapted, best, heads=task.heads)
+        if read_manifest(best)["iter"] != runner.iter:
+            evaluate(task, loop.dataloader, loop.evaluator)
+        dataset = loop.dataloader.dataset
+        written += evaluation_files(task, loop.evaluator.metrics[0], getattr(dataset, "source", dataset), folder)
+    return [*written, *sorted(folder.glob("adapter_*.safetensors"))]
+
+
+@torch.no_grad()
+def evaluate(task: Any, loader: DataLoader, evaluator: Any) -> dict[str, float]:
+    """Metrics of a task over a loader, in eval mode."""
+    task.eval()
+    for batch in loader:
+        evaluator.process(task(**task.data_preprocessor(batch), mode="predict"), batch)
+    return evaluator.evaluate(len(loader.dataset))
+
+
+def evaluation_files(task: Any, metric: Any, dataset: Any, folder: Path) -> list[Path]:
+    """report.json and confusion.png of the metric's last evaluation, and predictions.png of evenly spaced samples."""
+    report, confusion, sheet = folder / "report.json", folder / "confusion.png", folder / "predictions.png"
+    with atomic(report) as temporary:
+        temporary.write_text(json.dumps(metric.report, indent=1))
+    plot_confusion(metric.report["confusion"], dataset.classes, confusion)
+    picks = sorted({round(i * (len(dataset) - 1) / (SHOWN - 1)) for i in range(SHOWN)})
+    outputs = predict_samples(task, dataset, picks)
+    names = dataset.classes
+    titles = [f"{names[o['scores'].argmax()]} {o['scores'].max():.0%}" for o in outputs]
+    correct = [int(o["scores"].argmax()) == o["label"] for o in outputs]
+    prediction_sheet([dataset.load(i) for i in picks], titles, correct, sheet)
+    return [report, confusion, sheet]
+
+
+@torch.no_grad()
+def predict_samples(task: Any, dataset: Any, indices: list[int]) -> list[dict[str, Any]]:
+    """Predictions for some samples, in eval mode."""
+    task.eval()
+    data = task.data_preprocessor(collate([dataset[i] for i in indices]))
+    return [{**o, "scores": o["scores"].cpu()} for o in task(**data, mode="predict")]

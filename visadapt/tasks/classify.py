@@ -1,0 +1,131 @@
+"""Image classification with an adapted backbone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from mmengine.model import BaseDataPreprocessor, BaseModel
+from torch import Tensor, nn
+
+from ..core.adapted import Adapted
+from ..errors import InputError
+from ..registry import ADAPTERS, BACKBONES, HEADS, LOSSES, TASKS
+from ..transforms.mix import BatchMix
+
+
+class Normalize(BaseDataPreprocessor):
+    """Move a batch to the device and normalise its images band by band.
+
+    Args:
+        mean: per band, on the scale of the images.
+        std: likewise.
+    """
+
+    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
+
+    def forward(self, data: dict[str, Any], training: bool = False) -> dict[str, Any]:
+        data = dict(self.cast_data(data))
+        if "inputs" in data:
+            data["inputs"] = self.normalize(data["inputs"])
+        return data
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) of any number type to float32 with mean 0 and deviation 1 per band.
+
+        Raises:
+            InputError: another number of bands than there are statistics for.
+        """
+        if images.shape[1] != self.mean.shape[1]:
+            raise InputError(f"images have {images.shape[1]} bands, the backbone takes {self.mean.shape[1]}; see in_chans")
+        return (images.float() - self.mean) / self.std
+
+
+@TASKS.register_module()
+class ImageClassifier(BaseModel):
+    """One label per image: adapted backbone, pooled vector, head.
+
+    Args:
+        backbone: config of a backbone.
+        head: config of a head; its input width is filled in.
+        adapters: configs by adapter name; the frozen backbone alone where None.
+        loss: config of a loss; cross-entropy where None.
+        pool: native, cls, avg or cls_avg.
+        mix: mixup and cutmix on training batches.
+        base_mode: "eval", or "train" for recipes with stochastic depth in the backbone.
+        checkpointing: recompute block activations in the backward pass instead of keeping them.
+    """
+
+    def __init__(
+        self,
+        backbone: dict,
+        head: dict,
+        adapters: dict[str, dict] | None = None,
+        loss: dict | None = None,
+        pool: str = "native",
+        mix: dict | None = None,
+        base_mode: str = "eval",
+        checkpointing: bool = False,
+    ) -> None:
+        built = BACKBONES.build(backbone)
+        super().__init__(data_preprocessor=Normalize(built.mean, built.std))
+        self.adapted = Adapted(built, base_mode)
+        if checkpointing:
+            built.body.set_grad_checkpointing(True)
+        for name, cfg in (adapters or {}).items():
+            self.adapted.add(name, ADAPTERS.build(cfg))
+        self.pool = pool
+        self.head = HEADS.build(head, in_dim=built.pooled_dim(pool))
+        self.criterion = LOSSES.build(loss or {"type": "CrossEntropy"})
+        self.mix = None if mix is None else BatchMix(**mix)
+        self.adapted.set_trainable(*self.adapted.adapters, heads=[self.head])
+
+    @property
+    def heads(self) -> dict[str, nn.Module]:
+        """Heads by their names in an adapter file."""
+        return {"main": self.head}
+
+    def card(self) -> dict[str, Any]:
+        """What an adapter file must say to rebuild this task."""
+        return {"task": {"type": type(self).__name__, "pool": self.pool}}
+
+    def encode(self, inputs: Tensor) -> Tensor:
+        """(B, C, H, W) normalised images to pooled vectors (B, D)."""
+        return self.adapted(inputs).pooled(self.pool)
+
+    def forward(
+        self,
+        inputs: Tensor | None = None,
+        labels: Tensor | None = None,
+        mode: str = "tensor",
+        features: Tensor | None = None,
+        path: list[str] | None = None,
+        valid: Tensor | None = None,
+        index: Tensor | None = None,
+        unreadable: list[str] | None = None,
+    ) -> Tensor | dict[str, Tensor] | list[dict[str, Any]]:
+        """mmengine's contract: `mode` is "tensor" (logits), "loss" (dict of losses) or "predict" (list of dicts).
+
+        `features` are pooled vectors from a cache that stand in for `inputs`.
+        """
+        if mode == "loss":
+            return self.loss(inputs, labels, features)
+        logits = self.head(self.encode(inputs) if features is None else features)
+        if mode == "tensor":
+            return logits
+        scores = logits.float().softmax(1)
+        given = labels.tolist() if labels is not None else [-1] * len(scores)
+        paths = path or [""] * len(scores)
+        usable = valid.tolist() if valid is not None else [True] * len(scores)
+        return [{"scores": s, "label": n, "path": p, "valid": v} for s, n, p, v in zip(scores, given, paths, usable)]
+
+    def loss(self, inputs: Tensor | None, labels: Tensor, features: Tensor | None = None) -> dict[str, Tensor]:
+        """Training losses; images and labels are mixed first where the recipe asks for it."""
+        target = labels
+        if self.mix is not None and features is None:
+            inputs, target = self.mix(inputs, labels, self.head.num_classes)
+        logits = self.head(self.encode(inputs) if features is None else features)
+        return {"loss": self.criterion(logits, target)}
