@@ -53,10 +53,11 @@ class TimmViT(Backbone):
         super().__init__()
         self.name, self.weights, self.in_chans, self.bands = name, weights, in_chans, bands
         self.arch = dict(arch or {})
-        self.body = self._create()
-        if weights is not None and is_local(weights):
-            self.weight_report = load_weights(self.body, weights)
-        if in_chans != 3:
+        local = weights is None or is_local(weights)
+        self.body = self._create(in_chans if local else 3)
+        if weights is not None and local:
+            self.weight_report = load_weights(self.body, weights, bands)
+        elif in_chans != 3 and not local:
             self._widen()
         body = self.body
         self.depth, self.prefix = len(body.blocks), body.num_prefix_tokens
@@ -67,7 +68,7 @@ class TimmViT(Backbone):
         rotary = getattr(body, "rope", None) is not None
         self.capabilities = frozenset({"tokens", "attention", "maps"} | (set() if rotary else {"prompts"}))
 
-    def _create(self) -> nn.Module:
+    def _create(self, in_chans: int) -> nn.Module:
         base, _, tag = self.name.partition(".")
         if not timm.is_model(base):
             raise InputError(f"timm has no model '{base}'{hint(base, timm.list_models(module='vision_transformer'))}")
@@ -83,6 +84,7 @@ class TimmViT(Backbone):
                 f"{base}.{tag}" if tag else base,
                 pretrained=remote,
                 num_classes=0,
+                in_chans=in_chans,
                 dynamic_img_size=True,
                 **self.arch,
             )

@@ -1,0 +1,130 @@
+"""What the training loop adds to a hand-written one, and what cached features save."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+import torch
+from mmengine.config import Config
+from mmengine.hooks import Hook
+from torch.utils.data import DataLoader
+
+from ..datasets.base import collate
+from ..datasets.digits import Digits
+from ..datasets.sampler import EpochSampler
+from ..engine import build_runner
+from ..heads.linear import LinearHead
+from ..hooks.cache import cached
+from ..optim.groups import TrainableGroups
+from ..optim.wrapper import AutocastOptimWrapper
+from ..tasks.classify import ImageClassifier
+
+if TYPE_CHECKING:
+    from .speed import Setup
+
+STEPS = 12
+"""Steps per round of the runner's comparison."""
+
+
+def _model(setup: Setup, adapters: dict | None) -> dict[str, Any]:
+    backbone = {"type": "TimmViT", "name": setup.model}
+    head = {"type": LinearHead, "num_classes": 10}
+    return {"type": ImageClassifier, "backbone": backbone, "adapters": adapters, "head": head}
+
+
+def _digits(setup: Setup, size: int) -> DataLoader:
+    data = Digits(transform=[{"type": "Resize", "height": size, "width": size}], training=True)
+    sampler = EpochSampler(data, seed=0, endless=True)
+    return DataLoader(data, setup.batch, sampler=sampler, collate_fn=collate)
+
+
+class StepTimes(Hook):
+    """Seconds from the end of one step to the end of the next, data loading included."""
+
+    priority = "LOWEST"
+
+    def __init__(self) -> None:
+        self.ends: list[float] = []
+
+    def after_train_iter(self, runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        self.ends.append(time.perf_counter())
+
+    def seconds(self) -> float:
+        return median(b - a for a, b in zip(self.ends, self.ends[1:]))
+
+
+def _by_runner(setup: Setup, model: Any, size: int) -> float:
+    """Median seconds per step under the runner with its usual hooks."""
+    times = StepTimes()
+    loader = _digits(setup, size)
+    with tempfile.TemporaryDirectory() as folder:
+        cfg = Config(
+            {
+                "model": model,
+                "train_dataloader": loader,
+                "train_cfg": {"by_epoch": False, "max_iters": STEPS + 1},
+                "optim_wrapper": {
+                    "type": AutocastOptimWrapper,
+                    "constructor": TrainableGroups,
+                    "optimizer": {"type": torch.optim.AdamW, "lr": 1e-3},
+                },
+                "custom_hooks": [times],
+                "default_hooks": {"checkpoint": None},
+                "work_dir": folder,
+                "experiment_name": f"bench{time.time_ns()}",
+                "randomness": {"seed": 0},
+            }
+        )
+        build_runner(cfg).train()
+    return times.seconds()
+
+
+def _by_hand(setup: Setup, task: ImageClassifier, size: int) -> float:
+    """Median seconds per step of the shortest loop that does the same."""
+    optimizer = torch.optim.AdamW([p for p in task.parameters() if p.requires_grad], lr=1e-3)
+    ends = []
+    task.train()
+    for _, batch in zip(range(STEPS + 1), _digits(setup, size)):
+        data = task.data_preprocessor(batch)
+        loss = task.loss(data["inputs"], data["labels"])["loss"]
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        ends.append(time.perf_counter())
+    return median(b - a for a, b in zip(ends, ends[1:]))
+
+
+def runner_cost(setup: Setup) -> dict[str, float]:
+    """Runner over hand-written loop: LoRA on real digits at half the image size, in turns."""
+    size = setup.size // 2
+    task = ImageClassifier(**{k: v for k, v in _model(setup, {"main": {"type": "LoRA"}}).items() if k != "type"})
+    task.to(setup.device)
+    ratios = [_by_runner(setup, task, size) / _by_hand(setup, task, size) for _ in range(max(3, setup.rounds // 3))]
+    return {"runner_over_loop": median(ratios)}
+
+
+def cached_epochs(setup: Setup) -> dict[str, float]:
+    """Epoch of a linear head with the backbone in the loop over an epoch on cached features."""
+    task = ImageClassifier(**{k: v for k, v in _model(setup, None).items() if k != "type"}).to(setup.device)
+    optimizer = torch.optim.AdamW(task.head.parameters(), lr=1e-3)
+    size = setup.size // 2
+    data = Digits(transform=[{"type": "Resize", "height": size, "width": size}], training=True)
+    images = DataLoader(torch.utils.data.Subset(data, range(64)), setup.batch, collate_fn=collate)
+    images.dataset.classes = data.classes
+    features = DataLoader(cached(task, images), setup.batch, collate_fn=collate)
+
+    def epoch(loader: DataLoader) -> float:
+        start = time.perf_counter()
+        for batch in loader:
+            data = task.data_preprocessor(batch)
+            task.loss(data.get("inputs"), data["labels"], data.get("features"))["loss"].backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return time.perf_counter() - start
+
+    epoch(features)
+    ratios = [epoch(images) / min(epoch(features) for _ in range(3)) for _ in range(3)]
+    return {"cached_epoch_speedup": median(ratios)}

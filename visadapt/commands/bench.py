@@ -1,0 +1,63 @@
+"""`visadapt bench speed`: how fast training and inference with adapters are, as ratios within one run."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from ..errors import InputError, hint
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("what", choices=["speed"], help="the benchmark")
+    parser.add_argument("--method", nargs="+", default=[], metavar="NAME", help="adapters to time as well, or 'all'")
+    parser.add_argument("--model", default="vit_small_patch16_224", help="timm model")
+    parser.add_argument("--size", type=int, default=224, help="image side in pixels")
+    parser.add_argument("--batch", type=int, default=8, help="images per training step")
+    parser.add_argument("--mixed", type=int, default=32, help="images and adapters of the mixed batch")
+    parser.add_argument("--rounds", type=int, default=9, help="measured rounds")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--out", help="also write the JSON object to this file")
+
+
+def methods(names: list[str]) -> list[str]:
+    """Adapter names that have pieces to time.
+
+    Raises:
+        InputError: an unknown name.
+    """
+    from ..registry import ADAPTERS
+
+    known = ADAPTERS.names()
+    if names == ["all"]:
+        return [e.name for e in ADAPTERS.entries() if e.attributes.get("kinds") and e.name != "PEFT"]
+    for name in names:
+        if name not in known:
+            raise InputError(f"unknown adapter '{name}'{hint(name, known)}")
+    return names
+
+
+def run(args: argparse.Namespace) -> int:
+    chosen = methods(args.method)
+
+    from ..benchmark.speed import Setup, measure
+    from ..files import atomic
+
+    setup = Setup(args.model, args.size, args.batch, args.mixed, args.rounds, args.device)
+    found = measure(setup, chosen)
+    text = json.dumps(found, indent=1)
+    if args.out:
+        with atomic(args.out) as temporary:
+            temporary.write_text(text + "\n")
+    print(text if args.json else table(found))
+    return 0
+
+
+def table(found: dict) -> str:
+    """The figures for a person."""
+    rows = [(k, v) for k, v in found.items() if isinstance(v, float)]
+    rows += [(f"step over floor: {k}", v) for k, v in found["methods"].items()]
+    lines = [f"{name:<36}{value:>10.3f}" for name, value in rows]
+    where = f"{found['model']} at {found['size']} px, batch {found['batch']}, {found['device']}: {found['machine']}"
+    return "\n".join([where, *lines])
