@@ -58,7 +58,7 @@ REGISTRIES = {
     "visualizer.vis_backends.*": engine.VISBACKENDS,
     "log_processor": engine.LOG_PROCESSORS,
 }
-"""Where a short name stands for what; the first pattern that fits a dict's place counts. Elsewhere the owner resolves."""
+"""Where a short name is looked up; the first pattern that fits a dict's place counts. Elsewhere its owner does it."""
 
 IMPLICIT = {
     "*_dataloader": DataLoader,
@@ -106,9 +106,9 @@ def load(path: str | os.PathLike, overrides: Sequence[str] = ()) -> Config:
 
 def dump(cfg: Config, path: str | os.PathLike) -> None:
     """Write a loaded config as a Python file that `load` reads to the same values in the same order."""
-    entries = [f"{key} = {pprint.pformat(value, width=110, sort_dicts=False)}\n" for key, value in cfg.to_dict().items()]
+    values = {key: pprint.pformat(value, width=110, sort_dicts=False) for key, value in cfg.to_dict().items()}
     with atomic(path) as temporary:
-        temporary.write_text("".join(entries), encoding="utf-8")
+        temporary.write_text("".join(f"{key} = {value}\n" for key, value in values.items()), encoding="utf-8")
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -123,7 +123,8 @@ def _read(path: Path) -> dict[str, Any]:
     except (Exception, SystemExit) as error:  # a config is code and can fail in any way
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
         place = f" (line {lines[-1]})" if lines else ""
-        message = " ".join(f"{type(error).__name__}: {error}".split())
+        called = type(error) is RuntimeError and not error.args  # how mmengine's lazy imports refuse a call
+        message = "what is imported cannot be called, write dict(type=...)" if called else repr(error)
         raise InputError(f"{path} cannot be read as a config{place}: {message}") from error
     if not TOP_KEYS & set(tree):
         raise InputError(f"{path} is no config: it defines neither model nor any other key of a config")

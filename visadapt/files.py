@@ -23,16 +23,17 @@ def atomic(path: str | os.PathLike) -> Iterator[Path]:
         InputError: no space is left, or the folder cannot be written; the file that was there is untouched.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         with open(temporary, "rb+") as handle:
             os.fsync(handle.fileno())
         os.chmod(temporary, 0o666 & ~UMASK)  # safetensors writes files for the owner alone
         os.replace(temporary, path)
     except BaseException as error:
-        temporary.unlink(missing_ok=True)
+        if path.parent.is_dir():
+            temporary.unlink(missing_ok=True)
         if reason := _storage_problem(error):
             intact = "; the file that was there is intact" if path.exists() else ""
             raise InputError(f"cannot write {path}: {reason}{intact}") from error

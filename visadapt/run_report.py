@@ -58,18 +58,19 @@ def evaluation_files(task: Any, metric: Any, dataset: Any, folder: Path) -> list
     with atomic(report) as temporary:
         temporary.write_text(json.dumps(metric.report, indent=1))
     plot_confusion(metric.report["confusion"], dataset.classes, confusion)
-    picks = sorted({round(i * (len(dataset) - 1) / (SHOWN - 1)) for i in range(SHOWN)})
-    outputs = predict_samples(task, dataset, picks)
+    spaced = sorted({round(i * (len(dataset) - 1) / (SHOWN - 1)) for i in range(SHOWN)})
+    samples = [s for s in (dataset[i] for i in spaced) if s["valid"]]
+    outputs = predict_samples(task, samples)
     names = dataset.classes
     titles = [f"{names[o['scores'].argmax()]} {o['scores'].max():.0%}" for o in outputs]
     correct = [int(o["scores"].argmax()) == o["label"] for o in outputs]
-    prediction_sheet([dataset.load(i) for i in picks], titles, correct, sheet)
+    prediction_sheet([dataset.load(s["index"]) for s in samples], titles, correct, sheet)
     return [report, confusion, sheet]
 
 
 @torch.no_grad()
-def predict_samples(task: Any, dataset: Any, indices: list[int]) -> list[dict[str, Any]]:
+def predict_samples(task: Any, samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Predictions for some samples, in eval mode."""
     task.eval()
-    data = task.data_preprocessor(collate([dataset[i] for i in indices]))
+    data = task.data_preprocessor(collate(samples))
     return [{**o, "scores": o["scores"].cpu()} for o in task(**data, mode="predict")]

@@ -196,7 +196,7 @@ class TimmViT(Backbone):
         inserted = self.ctx.inserted  # shallow prompts are still between prefix and patches
         if inserted:
             stream = self._without_prompts(stream, inserted)
-            levels = [level[:, inserted:] for level in levels]
+            levels = [level[:, level.shape[1] - h * w :] for level in levels]
         maps = [level.mT.unflatten(2, (h, w)).contiguous() for level in levels] if self.out_indices else []
         cls = stream[:, 0] if getattr(self.body, "cls_token", None) is not None else None
         native = self.body.forward_head(stream, pre_logits=True)

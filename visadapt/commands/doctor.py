@@ -5,18 +5,23 @@ from __future__ import annotations
 import argparse
 import os
 import platform
-import sys
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
 from typing import Any
 
-from ..environment import version
-from . import print_json, print_table
+from packaging.requirements import Requirement
 
-REQUIRED = {
-    **{"torch": (2, 9), "torchvision": (0, 24), "timm": (1, 0, 20), "onedl-mmengine": (0, 10, 12)},
-    **dict.fromkeys(("albumentations", "opencv-python", "safetensors", "einops", "torchmetrics", "scikit-learn"), ()),
-    **dict.fromkeys(("numpy", "matplotlib", "tqdm", "tensorboard"), ()),
-}
-"""Distributions that visadapt cannot do without, and their oldest versions."""
+from ..environment import version
+from ..registry import ROOT
+from ._output import print_json, print_table
+
+REQUIRED = (
+    *("torch>=2.9", "torchvision>=0.24", "timm>=1.0.20", "onedl-mmengine>=0.10.12", "albumentations==2.0.8"),
+    *("opencv-python", "safetensors", "einops", "torchmetrics", "scikit-learn", "numpy>=2", "matplotlib", "tqdm"),
+    *("tensorboard", "packaging"),
+)
+"""What visadapt cannot do without."""
 
 EXTRAS = {
     "seg": (("onedl-mmcv", "onedl-mmsegmentation"), "semantic segmentation"),
@@ -49,13 +54,13 @@ def run(args: argparse.Namespace) -> int:
 
 def examine() -> dict[str, Any]:
     """State of the installation, as JSON values."""
-    versions = {name: version(name) for name in REQUIRED}
+    versions = {name: version(name) for name in (Requirement(text).name for text in REQUIRED)}
     extras = {}
     for name, (packages, enables) in EXTRAS.items():
         missing = [p for p in packages if version(p) is None]
         extras[name] = {"present": not missing, "missing": missing, "enables": enables}
-    problems = version_problems(versions) + [
-        f"{rival} is installed over {ours}; run: pip uninstall -y {rival} && pip install --force-reinstall --no-deps {ours}"
+    problems = [*unmet(REQUIRED, versions, "visadapt"), *unmet(_of_torchvision(), versions, "torchvision")] + [
+        f"{rival} is installed over {ours}: pip uninstall -y {rival}; pip install --force-reinstall --no-deps {ours}"
         for rival, ours in RIVALS.items()
         if version(rival) is not None
     ]
@@ -69,31 +74,21 @@ def examine() -> dict[str, Any]:
     }
 
 
-def version_problems(versions: dict[str, str | None]) -> list[str]:
-    """What is missing, too old, or does not fit together, each with its remedy."""
+def unmet(requirements: Sequence[str], versions: dict[str, str | None], owner: str) -> list[str]:
+    """One line with its remedy for every requirement that the installed versions do not meet."""
     problems = []
-    if sys.version_info < (3, 11):
-        problems.append(f"Python {platform.python_version()} is too old; visadapt needs 3.11")
-    for name, oldest in REQUIRED.items():
-        if versions[name] is None:
-            problems.append(f"{name} is missing; run: pip install {name}")
-        elif _numbers(versions[name]) < oldest:
-            problems.append(f"{name} {versions[name]} is too old; run: pip install -U {name}")
-    torch, vision = _numbers(versions["torch"]), _numbers(versions["torchvision"])
-    if torch[:1] == (2,) and vision[:1] == (0,) and vision[1] != torch[1] + 15:
-        problems.append(
-            f"torch {versions['torch']} and torchvision {versions['torchvision']} are no pair; torch 2.{torch[1]} goes "
-            f"with torchvision 0.{torch[1] + 15}, run: pip install 'torchvision==0.{torch[1] + 15}.*'"
-        )
-    if versions["albumentations"] not in (None, "2.0.8"):
-        problems.append(f"albumentations {versions['albumentations']} is not 2.0.8; run: pip install albumentations==2.0.8")
+    for requirement in map(Requirement, requirements):
+        present = versions[requirement.name]
+        if present is None or not requirement.specifier.contains(present, prereleases=True):
+            state = "missing" if present is None else f"there as {present}"
+            problems.append(f"{owner} needs {requirement}, which is {state}; run: pip install '{requirement}'")
     return problems
 
 
-def _numbers(text: str | None) -> tuple[int, ...]:
-    """Leading numbers of a version: "2.14.1+cpu" gives (2, 14, 1)."""
-    parts = (text or "").partition("+")[0].split(".")
-    return tuple(int(part) for part in parts if part.isdigit())
+def _of_torchvision() -> list[str]:
+    """The torch that the installed torchvision was built for."""
+    own = (metadata.requires("torchvision") or []) if version("torchvision") else []
+    return [text for text in own if Requirement(text).name == "torch"]
 
 
 def _device(problems: list[str]) -> dict[str, Any]:
@@ -109,16 +104,20 @@ def _device(problems: list[str]) -> dict[str, Any]:
     return {"cuda": cuda, "names": names, "threads": torch.get_num_threads(), "cores": os.cpu_count()}
 
 
-def _data() -> dict[str, Any]:
-    """Folders that data sets are looked for in, and what is there."""
-    from ..datasets.files import data_homes
-
-    return {str(home): sorted(p.name for p in home.iterdir() if p.is_dir()) for home in data_homes() if home.is_dir()}
+def _data() -> dict[str, list[str]]:
+    """The folders that data sets are looked for in, as far as they exist, and what is there."""
+    if root := os.environ.get("VISADAPT_DATA"):
+        homes = [Path(root).expanduser()]
+    else:
+        places = (Path.cwd(), ROOT.parent)
+        homes = [*(place / "data" for place in places), *(place.parent / "shared/data" for place in places)]
+    return {str(home): sorted(p.name for p in home.iterdir() if p.is_dir()) for home in homes if home.is_dir()}
 
 
 def show(found: dict[str, Any]) -> None:
     """The same for people."""
-    print_table([{"package": "python", "version": found["python"]}] + _lines(found["versions"]), ("package", "version"))
+    versions = {"python": found["python"], **found["versions"]}
+    print_table([{"package": k, "version": v or "missing"} for k, v in versions.items()], ("package", "version"))
     print()
     rows = [{"extra": name, **extra} for name, extra in found["extras"].items()]
     print_table(rows, ("extra", "present", "missing", "enables"))
@@ -132,7 +131,3 @@ def show(found: dict[str, Any]) -> None:
     for problem in found["problems"]:
         print(f"problem  {problem}")
     print("OK" if not found["problems"] else f"{len(found['problems'])} problems")
-
-
-def _lines(versions: dict[str, str | None]) -> list[dict[str, Any]]:
-    return [{"package": name, "version": value or "missing"} for name, value in versions.items()]

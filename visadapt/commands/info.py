@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from . import print_json
+from ._output import print_json
 
 PARTS = {"format", "visadapt", "adapters", "backbone", "heads", "tensors", "sha256"}
 """Keys of a manifest that are shown in a form of their own."""

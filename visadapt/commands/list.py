@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 from .. import registry
-from . import print_json, print_table
+from ._output import print_json, print_table
 
 GROUPS = {
     "adapters": registry.ADAPTERS,

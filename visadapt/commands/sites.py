@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..errors import InputError
 from ..registry import BACKBONES
-from . import print_json, print_table
+from ._output import print_json, print_table
 
 if TYPE_CHECKING:
     from ..backbones.base import Backbone

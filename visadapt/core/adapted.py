@@ -60,6 +60,13 @@ class Adapted(nn.Module):
             raise InputError(f"adapter '{name}' exists already; remove it first or take another name")
         if self.merger.names:
             raise InputError(f"adapter '{name}' cannot be added while {self.merger.names} are merged; unmerge first")
+        if enable and self.ctx.ids is not None:
+            raise InputError(f"a mixed batch is being routed; add '{name}' with enable=False, or end it with route(None)")
+        if enable and adapter.trains_base and self.base_values.active:
+            raise InputError(
+                f"adapters '{self.base_values.active}' and '{name}' both replace base values; disable the first one, or "
+                "add with enable=False"
+            )
         adapter.build(self.backbone)
         reference = next(self.backbone.parameters())
         adapter.to(reference.device)
@@ -79,14 +86,25 @@ class Adapted(nn.Module):
             self.base_values.register(name, adapter.base_parameters(self.backbone), self.backbone.body)
         self.train(self.training)
         if enable:
-            self.enable(*[n for n in self.adapters if n == name or self.is_enabled(n)])
+            for piece in self.pieces(name):
+                piece.on = True
+            if adapter.trains_base:
+                self.base_values.activate([name], self.backbone.body)
         return adapter
 
     def remove(self, name: str) -> None:
-        """Detach an adapter and forget it; the backbone is as it was before."""
+        """Detach an adapter and forget it; the backbone is as it was before.
+
+        Raises:
+            InputError: an unknown name, other adapters are merged, or images are being routed to it.
+        """
         self.known([name])
+        if name in (self.ctx.ids or ()):
+            raise InputError(f"images are being routed to adapter '{name}'; end that with route(None) first")
         if name in self.merger.names:
             self.unmerge()
+        elif self.merger.names:
+            raise InputError(f"adapter '{name}' cannot be removed while {self.merger.names} are merged; unmerge first")
         for piece in self.pieces(name):
             if piece.site is not None:
                 detach(piece, self.backbone)
@@ -116,21 +134,25 @@ class Adapted(nn.Module):
         """Let exactly these adapters take part, with `scale` as factor on what they change (1 where None).
 
         Raises:
-            InputError: an unknown name, a merged adapter, or a scale on a kind that has none.
+            InputError: an unknown name, a merged adapter, a mixed batch, a scale on a kind that has none, or two adapters
+                that replace base values; nothing is switched then.
         """
         self.known(names)
         if self.merger.names:
             raise InputError(f"{self.merger.names} are merged into the backbone; unmerge before switching adapters")
+        if self.ctx.ids is not None:
+            raise InputError("a mixed batch is being routed; end routing with route(None) before switching adapters")
         factor = 1.0 if scale is None else float(scale)
-        for name, adapter in self.adapters.items():
-            wanted = name in names
-            for piece in self._pieces_of(name, adapter):
-                if wanted and factor != 1 and piece.kind in ("attention", "prompt"):
-                    raise InputError(f"adapter '{name}' has pieces of kind {piece.kind}; they cannot be scaled")
-                piece.on = wanted
-                if wanted:
-                    piece.scale = factor
+        for piece in self.pieces(*names) if names else ():
+            if factor != 1 and piece.kind in ("attention", "prompt"):
+                raise InputError(f"adapter '{piece.owner}' has pieces of kind {piece.kind}; they cannot be scaled")
+        for name in (n for n in names if factor != 1 and self.adapters[n].trains_base):
+            raise InputError(f"adapter '{name}' replaces base values; they cannot be scaled")
         self.base_values.activate([n for n in names if self.adapters[n].trains_base], self.backbone.body)
+        for piece in self.pieces():
+            piece.on = piece.owner in names
+            if piece.on:
+                piece.scale = factor
 
     def disabled(self) -> AbstractContextManager[None]:
         """The bare base inside the block; the same adapters as before behind it."""

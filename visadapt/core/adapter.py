@@ -20,7 +20,7 @@ class Adapter(nn.Module):
     """One method. Subclasses write `make`; constructor arguments are stored under their own names.
 
     Args:
-        targets: roles, "all-linear" or path globs; the class's own where None.
+        targets: roles, "all-linear", "all-norm", "all-weights" or path globs; the class's own where None.
         layers: block indices, negative from the end; all where None.
 
     Attributes:
@@ -31,6 +31,7 @@ class Adapter(nn.Module):
         mergeable: every piece folds into base weights.
         identity_at_init: a fresh adapter changes no output.
         trains_base: it trains base values themselves (`base_parameters`).
+        zero_grad: roles at which a gradient is zero by the mathematics, e.g. that of the key bias under softmax.
     """
 
     kinds: ClassVar[tuple[str, ...]] = ()
@@ -41,6 +42,7 @@ class Adapter(nn.Module):
     mergeable: ClassVar[bool] = False
     identity_at_init: ClassVar[bool] = True
     trains_base: ClassVar[bool] = False
+    zero_grad: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, targets: Sequence[str] | None = None, layers: Sequence[int] | None = None) -> None:
         super().__init__()
@@ -51,8 +53,8 @@ class Adapter(nn.Module):
         self.pieces = nn.ModuleDict()
         self.common = nn.ModuleDict()
 
-    def make(self, site: Site, backbone: Backbone, shared: nn.ModuleDict) -> SiteModule:
-        """The piece for one site."""
+    def make(self, site: Site, backbone: Backbone, shared: nn.ModuleDict) -> SiteModule | None:
+        """The piece for one site; None where the method has nothing to do there."""
         raise NotImplementedError
 
     def shared(self, sites: list[Site], backbone: Backbone) -> nn.ModuleDict:
@@ -67,7 +69,7 @@ class Adapter(nn.Module):
         """Make all pieces for a backbone.
 
         Raises:
-            InputError: a missing capability, or a target that matches nothing.
+            InputError: a missing capability, a target that matches nothing, or sites of which none suits the method.
         """
         who = f"{type(self).__name__} on {type(backbone).__name__}"
         if missing := sorted(self.needs - backbone.capabilities):
@@ -76,7 +78,12 @@ class Adapter(nn.Module):
         if wrong := sorted({s.role for s in sites} - set(self.roles)):
             raise InputError(f"{who}: it cannot sit at {', '.join(wrong)}; it takes the roles {', '.join(self.roles)}")
         self.common = self.shared(sites, backbone)
-        self.pieces = nn.ModuleDict({site.key: self.make(site, backbone, self.common) for site in sites})
+        made = {site.key: self.make(site, backbone, self.common) for site in sites}
+        self.pieces = nn.ModuleDict({key: piece for key, piece in made.items() if piece is not None})
+        if sites and not self.pieces:
+            raise InputError(
+                f"{who}: it has nothing to do at the {len(sites)} chosen sites; choose other targets"
+            )
 
     def sides(self) -> list[Side]:
         return [m for m in self.common.values() if isinstance(m, Side)]
@@ -90,3 +97,9 @@ class Adapter(nn.Module):
         for name, value in numbers.items():
             if not isinstance(value, int) or value < 1:
                 raise InputError(f"{type(self).__name__}: {name} must be a whole number of at least 1, got {value!r}")
+
+    def require_rate(self, **rates: float) -> None:
+        """Refuse probabilities outside [0, 1), by name."""
+        for name, value in rates.items():
+            if not 0 <= value < 1:
+                raise InputError(f"{type(self).__name__}: {name} must be in [0, 1), got {value!r}")

@@ -14,7 +14,8 @@ class Context:
         image: (B, C, H, W), normalised and padded.
         grid: patch rows and columns.
         prefix: tokens before the patches (class, registers).
-        inserted: prompt tokens that stand between prefix and patches at this moment.
+        prompts: how many tokens each prompt has between prefix and patches at this moment. By name, so that a block
+            that runs again for its gradients counts them once.
         num_frames: frames per clip; images are frame-major within a clip.
         ids: adapter name per image, None for the bare base; None where the batch is not mixed.
         values: free results, keyed "<adapter>.<name>".
@@ -30,8 +31,13 @@ class Context:
         self.image: Tensor | None = None
         self.grid: tuple[int, int] = (0, 0)
         self.prefix = 0
-        self.inserted = 0
+        self.prompts: dict[str, int] = {}
         self.values: dict[str, Any] = {}
+
+    @property
+    def inserted(self) -> int:
+        """Number of prompt tokens that stand between prefix and patches at this moment."""
+        return sum(self.prompts.values())
 
     def begin(self, image: Tensor, grid: tuple[int, int], prefix: int) -> None:
         self.clear()

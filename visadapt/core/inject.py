@@ -83,23 +83,32 @@ class WeightForward:
         if last is None:
             return self._by_weight(x, pieces)
         piece = pieces[last]
-        rest = pieces[:last] + (pieces[last + 1 :] if isinstance(piece, Delta) else [])
-        rows = piece.site.rows
         if isinstance(piece, Delta):  # deltas add up in any order
-            return add_rows(self.apply(x, rest), piece.scale * piece(x), rows)
+            return add_rows(self.apply(x, pieces[:last] + pieces[last + 1 :]), piece.scale * piece(x), piece.site.rows)
+        last = max(i for i, p in enumerate(pieces) if isinstance(p, WeightMap))
+        piece, rest = pieces[last], pieces[:last]
+        if rest and type(piece).forward is WeightMap.forward:
+            if random := next((p.owner for p in rest if p.by_forward() and p.random), None):
+                raise InputError(
+                    f"adapter '{random}' is random in training (dropout) and '{piece.owner}' works on its weight at "
+                    f"{piece.site.key}; set its dropout to 0, or add '{piece.owner}' first"
+                )
+            return self._by_weight(x, pieces)
+        rows = piece.site.rows
         before = RowsOf(self, rest, rows)
         y, mapped = self.apply(x, rest) if rows or piece.scale != 1 else None, piece(x, before)
         if y is not None:
             mapped = add_rows(y, piece.scale * (mapped - (y if rows is None else y[..., rows[0] : rows[1]])), rows)
         for delta in pieces[last + 1 :]:
-            mapped = add_rows(mapped, delta.scale * delta(x), delta.site.rows)
+            mapped = add_rows(mapped, delta.scale * run_with(self.module, x, delta.delta(), None), delta.site.rows)
         return mapped
 
     def _by_weight(self, x: Tensor, pieces: list[SiteModule]) -> Tensor:
         module = self.module
         if not pieces:
             return run_with(module, x, module.weight, module.bias)
-        if isinstance(module, nn.Linear) and not module.weight.requires_grad:
+        frozen = not module.weight.requires_grad and (module.bias is None or not module.bias.requires_grad)
+        if isinstance(module, nn.Linear) and frozen:
             low_rank = [p.factors() if isinstance(p, Delta) else None for p in pieces]
             if all(f is not None for f in low_rank):
                 return self._low_rank(x, pieces, low_rank)
@@ -190,8 +199,12 @@ class AttnForward:
         return self.view.output(self.piece.attend(q, k, v, bias, self.ctx), x)
 
 
+def prompt_key(piece: Prompt) -> str:
+    return f"{piece.owner}/{piece.site.key}"
+
+
 class PromptIn:
-    """Pre-hook of a block: inserts the tokens behind the prefix."""
+    """Pre-hook of a block: inserts deep tokens behind the prefix, shallow ones before the patches."""
 
     def __init__(self, piece: Prompt, ctx: Context) -> None:
         self.piece, self.ctx = piece, ctx
@@ -199,9 +212,10 @@ class PromptIn:
     def __call__(self, module: nn.Module, args: tuple) -> tuple | None:
         if not self.piece.on:
             return None
-        x, n = args[0], self.ctx.prefix
+        x, ctx = args[0], self.ctx
         tokens = self.piece(x.shape[0]).to(x.dtype)
-        self.ctx.inserted += tokens.shape[1]
+        ctx.prompts[prompt_key(self.piece)] = tokens.shape[1]
+        n = ctx.prefix if self.piece.deep else x.shape[1] - ctx.grid[0] * ctx.grid[1]
         return (torch.cat([x[:, :n], tokens, x[:, n:]], 1), *args[1:])
 
 
@@ -215,8 +229,7 @@ class PromptOut:
         if not self.piece.on or not self.piece.deep:
             return y
         n = self.ctx.prefix
-        count = self.piece.count
-        self.ctx.inserted -= count
+        count = self.ctx.prompts.pop(prompt_key(self.piece))
         return torch.cat([y[:, :n], y[:, n + count :]], 1)
 
 

@@ -196,8 +196,11 @@ def load_adapter(
         check_probe_output: run the stored probe and compare.
 
     Raises:
-        InputError: a damaged file, another base, tensors that are missing or of other shape, or a probe that differs.
+        InputError: adapters are merged, a damaged file, another base, tensors that are missing or of other shape, or a
+            probe that differs.
     """
+    if adapted.merger.names:
+        raise InputError(f"{adapted.merger.names} are merged; unmerge before loading an adapter file")
     manifest = read_manifest(path)
     tensors = read_tensors(path, manifest)
     made_for, here = manifest["backbone"], fingerprint(adapted)

@@ -22,10 +22,13 @@ class SiteModule(nn.Module):
         owner: name of the adapter it belongs to.
         on: whether it takes part in the forward pass.
         scale: run-time factor on what it changes; 1 is the trained strength.
+        random: while `by_forward` says so no weight gives the same, as under dropout; False where `forward` is only
+            the cheaper way.
     """
 
     kind: ClassVar[str]
     folds: ClassVar[bool] = False
+    random: bool = True
 
     def __init__(self, site: Site | None) -> None:
         super().__init__()

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..errors import InputError
 from .inject import WeightForward, effective
 from .kinds import SiteModule, WeightMap
+from .probe import evaluating
 
 if TYPE_CHECKING:
     from .adapted import Adapted
@@ -122,7 +123,8 @@ class Merger:
     def _output(self, adapted: Adapted, check: Tensor | None) -> Tensor | None:
         if check is None:
             return None
-        features = adapted(check)
+        with evaluating(adapted):  # dropout draws anew and is no error of the merge
+            features = adapted(check)
         return torch.cat([features.native.flatten(), features.tokens.flatten()])
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import InputError
 
@@ -27,14 +28,20 @@ def run_probe(adapted: Adapted, names: Sequence[str]) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     frames = adapted.ctx.num_frames
     image = torch.randn(frames, backbone.in_chans, side, side + backbone.patch, generator=generator)
-    modes = [(m, m.training) for m in adapted.modules()]
-    adapted.eval()
+    with evaluating(adapted), adapted.only(*names), torch.autocast(reference.device.type, enabled=False):
+        return adapted(image.to(reference)).native[0].float().cpu()
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """All parts in eval mode inside the block, each in its own mode again behind it."""
+    modes = [(m, m.training) for m in module.modules()]
+    module.eval()
     try:
-        with adapted.only(*names), torch.autocast(reference.device.type, enabled=False):
-            return adapted(image.to(reference)).native[0].float().cpu()
+        yield
     finally:
-        for module, training in modes:
-            module.training = training
+        for part, training in modes:
+            part.training = training
 
 
 def check_probe(adapted: Adapted, names: Sequence[str], stored: Tensor, path: str | os.PathLike) -> float:

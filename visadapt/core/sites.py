@@ -14,12 +14,21 @@ LINEAR_ROLES = ("q", "k", "v", "proj", "gate", "fc1", "fc2", "xq", "xk", "xv", "
 LINEARS = (*LINEAR_ROLES, "qkv")
 """Roles whose module is a linear."""
 
+NORMS = ("norm1", "norm2", "norm")
+"""Roles whose module is a norm; `norm` is the one after the last block."""
+
+CONVS = ("patch", "conv", "down")
+"""Roles whose module is a convolution."""
+
+WEIGHTS = (*LINEARS, *NORMS, *CONVS)
+"""Roles whose module has a weight."""
+
 ROLES = (
-    *LINEAR_ROLES,
-    *("qkv", "attn", "mlp", "attn_res", "mlp_res", "block", "norm1", "norm2", "norm", "xattn"),
-    *("patch", "conv", "stage", "down", "stem", "neck", "decoder", "memory"),
+    *WEIGHTS,
+    *("attn", "mlp", "attn_res", "mlp_res", "block", "xattn"),
+    *("stage", "stem", "neck", "decoder", "memory"),
 )
-"""The whole vocabulary. `norm` is the norm after the last block."""
+"""The whole vocabulary."""
 
 
 @dataclass(frozen=True)
@@ -61,11 +70,16 @@ class Site:
         return f"{self.part}_{layer}_{self.role}" + (f"_{self.n}" if self.n else "")
 
 
-def _matches(site: Site, target: str) -> bool:
+def _matches(site: Site, target: str, whole: set[str]) -> bool:
+    """Whether a target names a site; `whole` are the paths of modules that the backbone offers undivided."""
     if target == "all-linear":
         return site.role in LINEAR_ROLES
-    if "*" in target or "." in target:
-        return fnmatchcase(site.path, target)
+    if target == "all-norm":
+        return site.role in NORMS
+    if target == "all-weights":
+        return site.role in WEIGHTS and (site.rows is None or site.path not in whole)
+    if "*" in target or "." in target:  # a path names a module, not its slices as well
+        return fnmatchcase(site.path, target) and (site.rows is None or site.path not in whole)
     return site.role == target
 
 
@@ -74,7 +88,8 @@ def select(sites: Sequence[Site], targets: Iterable[str], layers: Iterable[int] 
 
     Args:
         sites: what the backbone offers.
-        targets: roles, "all-linear", or globs over module paths ("blocks.*.mlp.fc1").
+        targets: roles, globs over module paths ("blocks.*.mlp.fc1"), "all-linear", "all-norm", or "all-weights": every
+            linear, norm and convolution once, a fused qkv as one.
         layers: block indices, negative ones from the end; None for all, with the sites outside the blocks.
         owner: who asks, for messages ("LoRA on TimmViT").
 
@@ -82,13 +97,14 @@ def select(sites: Sequence[Site], targets: Iterable[str], layers: Iterable[int] 
         InputError: a target or layer matches nothing; what exists is listed.
     """
     targets = tuple(targets)
+    whole = {s.path for s in sites if s.rows is None}
     for target in targets:
-        if not any(_matches(s, target) for s in sites):
+        if not any(_matches(s, target, whole) for s in sites):
             offered = sorted({s.role for s in sites})
             near = hint(target, offered)
             near = near if "did you mean" in near else ""
             raise InputError(f"{owner}: target '{target}' matches no site{near}; the roles are {', '.join(offered)}")
-    chosen = [s for s in sites if any(_matches(s, t) for t in targets)]
+    chosen = [s for s in sites if any(_matches(s, t, whole) for t in targets)]
     if layers is None:
         return chosen
     depth = 1 + max((s.layer for s in sites), default=-1)
@@ -97,4 +113,8 @@ def select(sites: Sequence[Site], targets: Iterable[str], layers: Iterable[int] 
         if not -depth <= layer < depth:
             raise InputError(f"{owner}: layer {layer} does not exist; the backbone has the layers 0 to {depth - 1}")
         wanted.add(layer % depth)
-    return [s for s in chosen if s.layer in wanted]
+    found = [s for s in chosen if s.layer in wanted]
+    if chosen and not found:
+        named = ", ".join(f"'{t}'" for t in targets)
+        raise InputError(f"{owner}: {named} match no site in the layers {sorted(wanted)}; leave layers away for them")
+    return found

@@ -1,0 +1,86 @@
+"""What the conformance suite runs: every adapter on every tiny backbone that has what it needs.
+
+`visadapt list` reads this file without importing it: names and capabilities are literals.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+TINY: dict[str, dict[str, Any]] = {
+    "vit": {
+        "type": "TimmViT",
+        "name": "test_vit",
+        "arch": dict(depth=2, embed_dim=48, num_heads=3, img_size=32, patch_size=14),
+    },
+    "dinov2": {
+        "type": "TimmViT",
+        "name": "vit_small_patch14_reg4_dinov2",
+        "arch": dict(depth=2, embed_dim=48, num_heads=3, img_size=28, init_values=1.0),
+    },
+    "clip": {
+        "type": "TimmViT",
+        "name": "vit_base_patch16_clip_quickgelu_224",
+        "arch": dict(depth=2, embed_dim=48, num_heads=3, img_size=32),
+    },
+    "eva02": {
+        "type": "TimmViT",
+        "name": "eva02_tiny_patch14_224",
+        "arch": dict(depth=2, embed_dim=48, num_heads=3, img_size=28),
+    },
+}
+"""Tiny backbones. LayerScale starts at 1: DINOv2's 1e-5 would hide every effect."""
+
+CAPABILITIES: dict[str, tuple[str, ...]] = {
+    "vit": ("attention", "maps", "prompts", "tokens"),
+    "dinov2": ("attention", "maps", "prompts", "tokens"),
+    "clip": ("attention", "maps", "prompts", "tokens"),
+    "eva02": ("attention", "maps", "tokens"),
+}
+"""What they offer, for readers that build nothing; a test compares it with the backbones."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to use an adapter.
+
+    Attributes:
+        adapter: registered name.
+        arguments: of its constructor.
+        kit: parity kit that covers it, by the `kit` field of its JSON.
+        trains: False for adapters without a single trainable value.
+        frames: images per clip.
+        extra: package it needs beyond the required ones.
+    """
+
+    adapter: str
+    arguments: dict[str, Any] = field(default_factory=dict)
+    kit: str | None = None
+    trains: bool = True
+    frames: int = 1
+    extra: str | None = None
+
+    def __str__(self) -> str:
+        shown = [f"{k}={'+'.join(v) if isinstance(v, tuple) else v}" for k, v in self.arguments.items()]
+        return f"{self.adapter}({','.join(shown)})".replace(" ", "")
+
+
+CASES = [
+    Case("AdaptFormer", dict(width=4)),
+    Case("BitFit"),
+    Case("ConvBranch", dict(width=8)),
+    Case("Convpass", dict(width=4)),
+    Case("FullFineTune"),
+    Case("Houlsby", dict(width=4)),
+    Case("LayerNormTuning"),
+    Case("LinearProbe", trains=False),
+    Case("LoRA", dict(rank=2, targets=("all-linear",)), kit="cliplora_mha"),
+    Case("LoRA", dict(rank=2, dropout=0.5, scaling="sqrt", targets=("qkv", "fc2"))),
+    Case("PEFT", dict(tuner="HRA", options=dict(r=2)), extra="peft"),
+    Case("Pfeiffer", dict(width=4)),
+    Case("SSF"),
+    Case("TemporalShift", trains=False, frames=2, alternative=dict(offsets=((1, 2),))),
+    Case("VPT", dict(count=3)),
+    Case("VPT", dict(count=3, deep=False)),
+]

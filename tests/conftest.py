@@ -1,0 +1,26 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """More threads than one only fight for the cores that pytest's workers share."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """How many parity kits ran, and which ones nothing is there for yet."""
+    reports = [r for r in terminalreporter.stats.get("passed", []) if "test_parity.py::" in r.nodeid]
+    missing = [value for r in reports for key, value in r.user_properties if key == "parity_not_implemented"]
+    if not missing:
+        return
+    ran = sum("::test_kit[" in r.nodeid for r in reports)
+    count = len(missing[0].split())
+    terminalreporter.write_line(f"parity: {ran} kits ran, {count} not yet implemented: {missing[0] or 'none'}")

@@ -1,0 +1,292 @@
+"""The command line: exit codes, one-line errors, and the commands that look but do not train."""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from visadapt import cli
+from visadapt.commands import doctor
+from visadapt.errors import InputError
+
+REPOSITORY = Path(__file__).parents[1]
+CONFIG = """
+from visadapt.adapters.lora import LoRA
+from visadapt.backbones.timm_vit import TimmViT
+from visadapt.datasets.base import collate
+from visadapt.datasets.folder import FolderDataset
+from visadapt.datasets.sampler import EpochSampler
+from visadapt.heads.linear import LinearHead
+from visadapt.metrics.classify import ClassificationMetric
+from visadapt.tasks.classify import ImageClassifier
+
+model = dict(
+    type=ImageClassifier,
+    backbone=dict(type=TimmViT, name="test_vit", weights="no/such/file.pth"),
+    adapters=dict(main=dict(type=LoRA, rank=2)),
+    head=dict(type=LinearHead, num_classes=3),
+)
+val_dataloader = dict(
+    batch_size=4,
+    dataset=dict(type=FolderDataset, root="no/such/folder"),
+    sampler=dict(type=EpochSampler, shuffle=False),
+    collate_fn=dict(type=collate),
+)
+val_cfg = dict()
+val_evaluator = dict(type=ClassificationMetric)
+"""
+
+
+@pytest.fixture
+def config_file(tmp_path: Path) -> str:
+    path = tmp_path / "tiny.py"
+    path.write_text(CONFIG)
+    return str(path)
+
+
+@pytest.fixture
+def failing(monkeypatch):
+    """Let `visadapt doctor` end with an error, and give its exit code."""
+
+    def run(error: BaseException, *words: str) -> int:
+        def fail(args):
+            raise error
+
+        monkeypatch.setattr(doctor, "run", fail)
+        monkeypatch.setattr(doctor, "add_arguments", lambda parser: parser.add_argument("words", nargs="*"))
+        return cli.main(["doctor", *words])
+
+    return run
+
+
+def test_help_and_list_import_nothing_heavy():
+    code = (
+        "import sys; from visadapt.cli import main; assert main(['list']) == 0\n"
+        "try: main(['--help'])\n"
+        "except SystemExit as stop: assert stop.code == 0\n"
+        "assert not {'torch', 'mmengine', 'numpy', 'timm'} & set(sys.modules)"
+    )
+    text = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert all(f"    {name} " in text for name in cli.COMMANDS)
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["--version"])
+    assert re.fullmatch(r"visadapt \d+\.\d+\.\d+\n", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "the following arguments are required: COMMAND"),
+        (["trian"], "visadapt: error: unknown command 'trian' (did you mean 'train'?)"),
+        (["list", "--nope"], "visadapt list: error: unrecognized arguments: --nope"),
+        (["list", "adaptors"], "invalid choice: 'adaptors'"),
+    ],
+)
+def test_usage_errors(argv, message, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(argv)
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (InputError("no such\nthing"), 2, "visadapt: error: no such thing\n"),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "/runs/a.pth"),
+            2,
+            "no space left on device while writing /runs/a.pth",
+        ),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory", "mine.txt"), 2, "mine.txt: no such file"),
+        (PermissionError(errno.EACCES, "Permission denied", "given.txt"), 2, "given.txt: permission denied"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
+)
+def test_one_line_and_an_exit_code(failing, capsys, error, code, message):
+    assert failing(error, "mine.txt", "data.root=given.txt") == code
+    err = capsys.readouterr().err
+    assert message in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("error", [ValueError("bug"), FileNotFoundError(errno.ENOENT, "No such file", "/inner/file")])
+def test_bugs_show_their_traceback(failing, capsys, error):
+    assert failing(error, "mine.txt") == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_debug_shows_the_traceback_of_an_input_error(failing, capsys):
+    assert failing(InputError("wrong"), "--debug") == 2
+    err = capsys.readouterr().err
+    assert "Traceback" in err and err.endswith("visadapt: error: wrong\n")
+
+
+def test_a_closed_pipe_is_no_error():
+    command = f"{sys.executable} -m visadapt list --json | head -n 1; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "[\n", "")
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_command_has_a_script(name):
+    assert f'main(["{name}", *sys.argv[1:]])' in (REPOSITORY / "tools" / f"{name}.py").read_text()
+
+
+def test_a_script_runs(tmp_path):
+    done = subprocess.run([sys.executable, REPOSITORY / "tools" / "list.py", "heads"], capture_output=True, text=True)
+    assert done.returncode == 0 and "LinearHead" in done.stdout
+
+
+def rows(capsys, *argv: str):
+    assert cli.main([*argv, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_list_rows(capsys):
+    lora = next(row for row in rows(capsys, "list", "adapters") if row["name"] == "LoRA")
+    assert lora["kinds"] == ["delta"] and lora["mergeable"] is True and lora["needs"] == []
+    assert "2106.09685" in lora["paper"]
+    assert any(path.startswith("configs/lora/") for path in lora["configs"])
+    everything = rows(capsys, "list")
+    assert {row["group"] for row in everything} == {"adapters", "backbones", "heads", "tasks", "datasets"}
+    assert len({frozenset(row) for row in everything}) == 1
+
+
+def test_list_says_what_is_registered(capsys):
+    for row in rows(capsys, "list"):
+        cls = importlib.import_module("visadapt.commands.list").GROUPS[row["group"]].get(row["name"])
+        if row["group"] == "adapters":
+            assert row["kinds"] == [*cls.kinds] and row["mergeable"] == cls.mergeable and row["paper"] == cls.paper
+            assert row["needs"] == sorted(cls.needs)
+        assert row["summary"]
+
+
+@pytest.mark.parametrize("name", ["test_vit", "TimmViT:test_vit"])
+def test_sites_of_a_name(capsys, name):
+    found = rows(capsys, "sites", name)
+    (q,) = [site for site in found if site["key"] == "trunk_00_q"]
+    assert q == {
+        **{"key": "trunk_00_q", "role": "q", "layer": 0, "path": "blocks.0.attn.qkv"},
+        **{"dim_in": 64, "dim_out": 64, "rows": [0, 64], "layout": "NLC"},
+    }
+    assert len({site["key"] for site in found}) == len(found)
+
+
+def test_sites_of_a_config_need_no_weights(capsys, config_file):
+    assert rows(capsys, "sites", config_file) == rows(capsys, "sites", "test_vit")
+    assert cli.main(["sites", config_file]) == 0
+    head = capsys.readouterr().out.splitlines()[0]
+    assert head.split() == ["key", "role", "layer", "path", "dim_in", "dim_out", "rows", "layout"]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("TimmViT", "name one, as in TimmViT:"),
+        ("TimVit:test_vit", "unknown backbone 'TimVit' (did you mean 'TimmViT'?)"),
+        ("no_such_vit", "timm has no model 'no_such_vit'"),
+        ("gone.py", "no config file gone.py"),
+    ],
+)
+def test_sites_of_nothing(capsys, name, message):
+    assert cli.main(["sites", name]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_check(capsys, config_file, tmp_path):
+    cv2, np = pytest.importorskip("cv2"), pytest.importorskip("numpy")
+    for name in "abc":
+        (tmp_path / "set" / name).mkdir(parents=True)
+        cv2.imwrite(str(tmp_path / "set" / name / "1.png"), np.zeros((8, 8, 3), np.uint8))
+    root, weights = f"val_dataloader.dataset.root={tmp_path}/set", "model.backbone.weights=None"
+    assert cli.main(["check", config_file, root, weights]) == 0
+    out = capsys.readouterr().out
+    assert (
+        re.search(r"val\s+3 samples", out) and re.search(r"main\s+LoRA", out) and out.splitlines()[-1].startswith("OK")
+    )
+    assert cli.main(["check", config_file, root]) == 2
+    assert "no/such/file.pth" in capsys.readouterr().err
+    assert cli.main(["check", config_file, weights]) == 2
+    assert "no/such/folder" in capsys.readouterr().err
+    assert cli.main(["check", config_file, weights, "--debug", root, "model.head.num_clases=4"]) == 2
+    assert "no key 'num_clases'" in capsys.readouterr().err
+
+
+def test_info(capsys, tmp_path, config_file):
+    from visadapt.config import load
+    from visadapt.registry import TASKS
+
+    task = TASKS.build(load(config_file, ["model.backbone.weights=None"]).model)
+    path = tmp_path / "a.safetensors"
+    task.adapted.save(path, heads=task.heads, extra={"classes": ["x", "y", "z"], "metrics": {"top1": 0.5}})
+    manifest = rows(capsys, "info", str(path))
+    assert manifest["adapters"]["main"]["type"] == "LoRA" and manifest["bytes"] == path.stat().st_size
+    assert cli.main(["info", str(path)]) == 0
+    out = capsys.readouterr().out
+    trained = sum(p.numel() for p in task.adapted.adapters["main"].parameters())
+    assert "main: LoRA(rank=2, " in out and f"{trained:,} parameters" in out and "(q, v)" in out
+    assert "main: LinearHead(num_classes=3" in out and "3: x, y, z" in out and "top1 0.5000" in out
+    assert manifest["backbone"]["fingerprint"] in out and manifest["sha256"] in out
+    path.write_bytes(path.read_bytes()[:100])
+    assert cli.main(["info", str(path)]) == 2
+    assert "a.safetensors" in capsys.readouterr().err
+
+
+def test_doctor_on_this_machine(capsys):
+    found = rows(capsys, "doctor")
+    assert found["problems"] == [] and found["versions"]["torch"] and found["device"]["threads"] >= 1
+    assert cli.main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    assert out.splitlines()[-1] == "OK" and "dinov2_vits14_focus" in out
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"timm": None}, "visadapt needs timm>=1.0.20, which is missing; run: pip install 'timm>=1.0.20'"),
+        ({"torch": "2.8.1"}, "visadapt needs torch>=2.9, which is there as 2.8.1"),
+        ({"albumentations": "2.0.9"}, "albumentations==2.0.8, which is there as 2.0.9"),
+        ({"mmengine": "0.10.7"}, "mmengine is installed over onedl-mmengine"),
+        ({"albumentationsx": "2.5.1"}, "albumentationsx is installed over albumentations"),
+    ],
+)
+def test_doctor_finds_what_is_wrong(monkeypatch, capsys, changes, message):
+    real = doctor.version
+    monkeypatch.setattr(doctor, "version", lambda name: changes[name] if name in changes else real(name))
+    assert cli.main(["doctor"]) == 2
+    assert message in capsys.readouterr().out
+
+
+def test_doctor_knows_a_wrong_pair():
+    versions = {"torch": "2.13.0+cpu"}
+    assert doctor.unmet(["torch (>=2.13)"], versions, "torchvision") == []
+    (problem,) = doctor.unmet(["torch==2.14.1"], versions, "torchvision")
+    assert problem.startswith("torchvision needs torch==2.14.1, which is there as 2.13.0+cpu")
+
+
+def test_doctor_and_setup_agree(monkeypatch):
+    import runpy
+
+    import setuptools
+
+    given = {}
+    monkeypatch.setattr(setuptools, "setup", given.update)
+    monkeypatch.chdir(REPOSITORY)
+    runpy.run_path(str(REPOSITORY / "setup.py"))
+    assert list(doctor.REQUIRED) == given["install_requires"]
+    named = {
+        extra: tuple(re.split(r"[\[><=]", p)[0] for p in packages)
+        for extra, packages in given["extras_require"].items()
+    }
+    assert {extra: packages for extra, (packages, _) in doctor.EXTRAS.items()} == {n: named[n] for n in doctor.EXTRAS}
+    assert set(named) == {*doctor.EXTRAS, "points", "demo", "all", "dev"}
+    assert not {"pytest", "ruff"} & set(named["all"]) and set(named["demo"]) == set(named["weights"])
