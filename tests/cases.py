@@ -80,7 +80,7 @@ CASES = [
     Case("PEFT", dict(tuner="HRA", options=dict(r=2)), extra="peft"),
     Case("Pfeiffer", dict(width=4)),
     Case("SSF"),
-    Case("TemporalShift", trains=False, frames=2, alternative=dict(offsets=((1, 2),))),
+    Case("TemporalShift", trains=False, frames=2),
     Case("VPT", dict(count=3)),
     Case("VPT", dict(count=3, deep=False)),
 ]

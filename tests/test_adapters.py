@@ -393,7 +393,7 @@ def test_temporal_shift_in_a_network():
 
 def test_temporal_shift_refuses_what_does_not_fit():
     adapted = Adapted(tiny()).eval()
-    with pytest.raises(InputError, match="offsets take 4 heads, blocks.0.attn has 3"):
+    with pytest.raises(InputError, match=r"offsets take 4 heads, blocks\.0\.attn has 3"):
         adapted.add("a", TemporalShift(offsets=[[1, 2], [-1, 2]]))
     adapted.add("a", TemporalShift(offsets=[[2, 1]]))
     adapted.ctx.num_frames = 4

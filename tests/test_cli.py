@@ -156,6 +156,7 @@ def test_list_rows(capsys):
     assert lora["kinds"] == ["delta"] and lora["mergeable"] is True and lora["needs"] == []
     assert "2106.09685" in lora["paper"]
     assert any(path.startswith("configs/lora/") for path in lora["configs"])
+    assert "vit" in lora["tested_backbones"]
     everything = rows(capsys, "list")
     assert {row["group"] for row in everything} == {"adapters", "backbones", "heads", "tasks", "datasets"}
     assert len({frozenset(row) for row in everything}) == 1
@@ -168,6 +169,15 @@ def test_list_says_what_is_registered(capsys):
             assert row["kinds"] == [*cls.kinds] and row["mergeable"] == cls.mergeable and row["paper"] == cls.paper
             assert row["needs"] == sorted(cls.needs)
         assert row["summary"]
+
+
+def test_backbones_without_what_an_adapter_needs_are_not_tested(monkeypatch, capsys, tmp_path):
+    (tmp_path / "tests").mkdir()
+    capabilities = 'CAPABILITIES: dict = {"plain": ("maps",), "full": ("prompts", "tokens")}'
+    (tmp_path / "tests" / "cases.py").write_text(f'{capabilities}\nCASES = [Case("VPT"), Case("LoRA")]\n')
+    monkeypatch.setattr(importlib.import_module("visadapt.commands.list"), "REPOSITORY", tmp_path)
+    found = {row["name"]: row["tested_backbones"] for row in rows(capsys, "list", "adapters")}
+    assert found["VPT"] == ["full"] and found["LoRA"] == ["plain", "full"] and found["BitFit"] == []
 
 
 @pytest.mark.parametrize("name", ["test_vit", "TimmViT:test_vit"])

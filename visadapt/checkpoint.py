@@ -37,15 +37,18 @@ def trained_state(model: nn.Module) -> dict[str, Tensor]:
     return {k: v.cpu().clone() for k, v in model.state_dict().items() if k not in frozen}
 
 
-def _plain(values: dict[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in values.items() if isinstance(v, int | float | str | bool | None)}
+def _plain(value: Any) -> Any:
+    """Numbers of numpy as Python's own, which weights-only loading lets pass."""
+    return value.item() if hasattr(value, "item") else value
 
 
 def save(runner, path: Path, epoch: int, step: int) -> None:
     """Write everything that a resumed run needs; the file appears whole or not at all."""
     model = unwrap(runner.model)
     hub = runner.message_hub
-    scalars = {k: tuple(part[-HISTORY:].tolist() for part in v.data) for k, v in hub.log_scalars.items()}
+    scalars = {k: tuple([_plain(x) for x in part[-HISTORY:]] for part in v.data) for k, v in hub.log_scalars.items()}
+    infos = {k: _plain(v) for k, v in hub.runtime_info.items()}
+    infos = {k: v for k, v in infos.items() if isinstance(v, int | float | str | bool | None)}
     pending = getattr(runner.optim_wrapper, "_inner_count", 0) % runner.optim_wrapper._accumulative_counts
     gradients = {n: p.grad.cpu() for n, p in model.named_parameters() if p.grad is not None} if pending else {}
     content = {
@@ -55,7 +58,7 @@ def save(runner, path: Path, epoch: int, step: int) -> None:
         "optimizer": runner.optim_wrapper.state_dict(),
         "gradients": gradients,
         "param_schedulers": [s.state_dict() for s in runner.param_schedulers or ()],
-        "log": {"scalars": scalars, "infos": _plain(hub.runtime_info)},
+        "log": {"scalars": scalars, "infos": infos},
         "hooks": {type(h).__name__: h.state_dict() for h in runner.hooks if hasattr(h, "load_state_dict")},
     }
     with atomic(path) as temporary:

@@ -58,7 +58,8 @@ def _join_processes(cfg: Config) -> None:
         if cuda:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if cuda else "gloo")
-    wrapper = {"type": "MMDistributedDataParallel", "broadcast_buffers": False, "find_unused_parameters": False}
+    wrapper = {"type": "MMDistributedDataParallel", "broadcast_buffers": False}
+    wrapper["find_unused_parameters"] = cfg.pop("find_unused_parameters", False)
     cfg.setdefault("model_wrapper_cfg", wrapper)
     if not cuda:
         cfg.model_wrapper_cfg["device_ids"] = None

@@ -29,9 +29,8 @@ class BitFit(Adapter):
     """An offset for every bias: b' = b + db.
 
     Linears, norms and convolutions without a bias are left out, and so are biases that a network keeps outside of them
-    (the q and v biases of EVA). Where k is a linear of its own, its offset has no
-    gradient: a constant added to every key cancels in the softmax over keys (unless keys are normalised or rotated
-    behind the projection).
+    (the q and v biases of EVA). Where k is a linear of its own, its offset has no gradient: a constant added to every
+    key cancels in the softmax over keys, unless keys are normalised or rotated behind the projection.
 
     Args:
         targets: roles of linears, norms and convolutions.

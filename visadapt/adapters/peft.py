@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.adapter import Adapter
@@ -70,6 +71,16 @@ def _twin(module: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module:
     return twin
 
 
+class _Live(Tensor):
+    """A weight whose `data` is itself: some layers of PEFT read it so, and no gradient would reach what is below."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # results are plain tensors
+
+    @property
+    def data(self) -> Tensor:
+        return self
+
+
 def _hide(parent: nn.Module, name: str) -> None:
     """Keep a submodule as a plain attribute: it is called as before, and belongs to no state dict of the parent."""
     parent.__dict__[name] = parent._modules.pop(name)
@@ -110,9 +121,7 @@ def _unit_inputs(base: nn.Module, weight: Tensor) -> tuple[Tensor, tuple]:
         return units[None], (0,)
     index = [-(-p // s) for p, s in zip(base.padding, base.stride)]  # the first window without padding
     start = [i * s - p for i, s, p in zip(index, base.stride, base.padding)]
-    stop = [a + d * (k - 1) + 1 for a, d, k in zip(start, base.dilation, base.kernel_size)]
-    x = weight.new_zeros(count + 1, base.in_channels, *stop)
-    x[:, :, start[0] :: base.dilation[0], start[1] :: base.dilation[1]] = units.view(-1, *weight.shape[1:])
+    x = F.pad(units.view(-1, *weight.shape[1:]), (start[1], 0, start[0], 0))
     return x, (..., *index)
 
 
@@ -128,13 +137,12 @@ class PEFTSite(WeightMap):
         layer: the layer of PEFT, without a base weight.
         random: it draws random numbers in training.
         adds_bias: it gives a bias to a base without one.
-        detaches: it gives no gradient to the weight it works on.
     """
 
-    def __init__(self, site: Site, layer: nn.Module, random: bool, adds_bias: bool, detaches: bool) -> None:
+    def __init__(self, site: Site, layer: nn.Module, random: bool, adds_bias: bool) -> None:
         super().__init__(site)
         self.layer = layer
-        self.random, self.adds_bias, self.detaches = random, adds_bias, detaches
+        self.random, self.adds_bias = random, adds_bias
 
     def start_below(self) -> None:
         """Work on the base less what the layer adds now (PiSSA, OLoRA), so that together they are the base."""
@@ -146,15 +154,10 @@ class PEFTSite(WeightMap):
 
     def run(self, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
         """Output of the layer around weight w and bias b."""
-        if self.detaches and w.requires_grad and torch.is_grad_enabled():
-            raise InputError(
-                f"{self.site.path}: PEFT's layer of adapter '{self.owner}' gives the weight below it no gradient and that "
-                "weight trains; freeze the adapters that come before, or leave one of them out"
-            )
         if "start_a" in self._buffers:
             w = w - self.layer.scaling[NAME] * (self.start_b @ self.start_a).to(w.dtype)
         base = self.layer.base_layer
-        base.weight, base.bias = w, b
+        base.weight, base.bias = w.as_subclass(_Live) if w.requires_grad else w, b
         try:
             if not isinstance(base, nn.Linear):
                 return self.layer(x)
@@ -185,8 +188,8 @@ class PEFTSite(WeightMap):
         for piece in before:
             if self.training and piece.by_forward() and getattr(piece, "random", True):
                 raise InputError(
-                    f"{self.site.path}: adapter '{piece.owner}' is random in training (dropout) and '{self.owner}' works "
-                    "on its weight; set its dropout to 0, or add it after"
+                    f"{self.site.path}: adapter '{piece.owner}' is random in training (dropout) and '{self.owner}' "
+                    "works on its weight; set its dropout to 0, or add it after"
                 )
         weight, bias = effective(module.weight, module.bias, before)
         return self.run(x, weight[start:stop], None if bias is None else bias[start:stop])
@@ -196,7 +199,7 @@ class PEFTSite(WeightMap):
         """Whether the layer answers a random input as the base does."""
         size = (w.shape[-1],)
         if isinstance(module, nn.Conv2d):
-            size = (module.in_channels, *(2 * d * k for d, k in zip(module.dilation, module.kernel_size)))
+            size = (module.in_channels, *(2 * k for k in module.kernel_size))
         x = torch.randn(2, *size, generator=torch.Generator().manual_seed(0)).to(w)
         self.layer.eval()
         ours, theirs = self.run(x, w, b), run_with(module, x, w, b)
@@ -208,8 +211,8 @@ class PEFTSite(WeightMap):
 class PEFT(Adapter):
     """A tuner of Hugging Face's PEFT, by name and options, at sites of the backbone.
 
-    Tensors that a tuner shares between layers (VeRA, RandLoRA, VBLoRA, ...) are shared between the sites and saved once.
-    Options that are patterns over names (`rank_pattern`) see site keys such as "trunk_03_q".
+    Tensors that a tuner shares between layers (VeRA, RandLoRA, VBLoRA, ...) are shared between the sites and saved
+    once. Options that are patterns over names (`rank_pattern`) see site keys such as "trunk_03_q".
 
     Args:
         tuner: name of the tuner in any case: HRA, VeRA, OFT, IA3, LNTuning, DoRA, ...
@@ -268,19 +271,22 @@ class PEFT(Adapter):
             return cls(**places, **options)
 
     def _check(self, site: Site, module: nn.Module) -> None:
-        kind = kind_of(module)
+        who, kind = f"PEFT '{self.tuner}': {site.path}", kind_of(module)
         if kind not in self.rule.modules:
+            raise InputError(f"{who} is a {type(module).__name__}; it works on {' and '.join(self.rule.modules)}")
+        if kind != "Conv2d":
+            return
+        square = all(
+            not isinstance(v, str) and len(set(v)) == 1 for v in (module.kernel_size, module.stride, module.padding)
+        )
+        if not square or module.groups > 1 or module.dilation != (1, 1) or module.padding_mode != "zeros":
             raise InputError(
-                f"PEFT '{self.tuner}': {site.path} is a {type(module).__name__}; it works on {', '.join(self.rule.modules)}"
+                f"{who} has groups, dilation, a special padding or a kernel that is not square; PEFT gets those wrong"
             )
-        if kind == "Conv2d" and module.groups > 1:
-            raise InputError(f"PEFT '{self.tuner}': {site.path} has groups; PEFT folds grouped convolutions wrongly")
-        if kind == "Conv2d" and isinstance(module.padding, str):
-            raise InputError(f"PEFT '{self.tuner}': {site.path} has padding='{module.padding}'; give it as numbers")
-        if kind == "Conv2d" and self.tuner == "OFT" and module.kernel_size != (1, 1):
+        if self.tuner == "OFT" and module.kernel_size != (1, 1):
             raise InputError(
-                f"PEFT 'OFT': {site.path} has a kernel of {module.kernel_size}; PEFT rotates overlapping patches and adds "
-                "them up, so that a fresh adapter changes the output; OFT works on kernels of 1"
+                f"{who} has a kernel of {module.kernel_size}; PEFT rotates overlapping patches and adds them up, so "
+                "that a fresh adapter changes the output; OFT works on kernels of 1"
             )
 
     def shared(self, sites: list[Site], backbone) -> nn.ModuleDict:
@@ -293,14 +299,14 @@ class PEFT(Adapter):
         with _explained(f"PEFT '{self.tuner}' refuses sites of {', '.join(sizes)}"):
             _peft().get_peft_model(holder, config)
         self._layers = dict(holder.items())
-        return _take_common([layer for layer in self._layers.values()])
+        return _take_common(list(self._layers.values()))
 
     def make(self, site: Site, backbone, shared: nn.ModuleDict) -> PEFTSite:
         layer, module = self._layers.pop(site.key), backbone.body.get_submodule(site.path)
         weight, bias = _rows(module, site.rows)
         moved = not torch.equal(layer.base_layer.weight, weight)
         _settle(layer, self.rule.keep)
-        piece = PEFTSite(site, layer, self.random, self.adds_bias, kind_of(module) in self.rule.detaches)
+        piece = PEFTSite(site, layer, self.random, self.adds_bias)
         if moved and not hasattr(layer, "lora_A"):
             raise InputError(f"PEFT '{self.tuner}': these options rewrite base weights; the base has to stay as it is")
         if moved:

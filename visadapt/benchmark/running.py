@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from mmengine.config import Config
 from mmengine.hooks import Hook
+from mmengine.visualization import Visualizer
 from torch.utils.data import DataLoader
 
 from ..datasets.base import collate
@@ -73,6 +74,7 @@ def _by_runner(setup: Setup, model: Any, size: int) -> float:
                 },
                 "custom_hooks": [times],
                 "default_hooks": {"checkpoint": None},
+                "visualizer": {"type": Visualizer, "vis_backends": []},
                 "work_dir": folder,
                 "experiment_name": f"bench{time.time_ns()}",
                 "randomness": {"seed": 0},

@@ -55,7 +55,7 @@ def train(cfg, work_dir: str | None = None, resume: str | None = None, overwrite
     Returns:
         The runner.
     """
-    from .. import engine
+    from .. import config, engine
     from ..environment import environment
     from ..run_report import write_report
 
@@ -63,7 +63,7 @@ def train(cfg, work_dir: str | None = None, resume: str | None = None, overwrite
     main_process = engine.is_main_process()
     if main_process:
         prepare_folder(folder, resume, overwrite)
-        cfg.dump(str(folder / "config.py"))
+        config.dump(cfg, folder / "config.py")
         (folder / "environment.json").write_text(json.dumps(environment(), indent=1))
     cfg.work_dir = str(folder)
     cfg.resume = resume is not None

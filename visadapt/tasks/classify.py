@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from ..core.adapted import Adapted
 from ..errors import InputError
-from ..registry import ADAPTERS, BACKBONES, HEADS, LOSSES, TASKS
-from ..transforms.mix import BatchMix
+from ..registry import ADAPTERS, BACKBONES, HEADS, LOSSES, TASKS, TRANSFORMS
 
 
 class Normalize(BaseDataPreprocessor):
@@ -80,7 +79,7 @@ class ImageClassifier(BaseModel):
         self.pool = pool
         self.head = HEADS.build(head, in_dim=built.pooled_dim(pool))
         self.criterion = LOSSES.build(loss or {"type": "CrossEntropy"})
-        self.mix = None if mix is None else BatchMix(**mix)
+        self.mix = None if mix is None else TRANSFORMS.build({"type": "BatchMix", **mix})
         self.adapted.set_trainable(*self.adapted.adapters, heads=[self.head])
 
     @property

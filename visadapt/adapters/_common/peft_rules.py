@@ -21,7 +21,6 @@ class Tuner:
         defaults: options whose default of PEFT would make a fresh adapter no identity, or a file that cannot be read.
         adds_bias: it gives a bias to layers that have none.
         noisy: it draws random numbers in training even without dropout.
-        detaches: where it gives the weight it works on no gradient.
         keep: buffers that PEFT recomputes from the base at loading; here they are saved, for the base may come later.
     """
 
@@ -30,7 +29,6 @@ class Tuner:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     adds_bias: bool = False
     noisy: bool = False
-    detaches: tuple[str, ...] = ()
     keep: tuple[str, ...] = ()
 
 
@@ -39,7 +37,7 @@ IDENTITY = {"init_weights": True}
 
 TUNERS = {
     "BEFT": Tuner("BEFT", adds_bias=True),
-    "BOFT": Tuner("BOFT", CONV, detaches=("Conv2d",)),
+    "BOFT": Tuner("BOFT", CONV),
     "C3A": Tuner("C3A", defaults=IDENTITY),
     "DEFT": Tuner("DEFT"),
     "DeLoRA": Tuner("DELORA"),
@@ -48,7 +46,7 @@ TUNERS = {
     "GLoRA": Tuner("GLORA"),
     "GraLoRA": Tuner("GRALORA"),
     "HiRA": Tuner("HIRA", CONV),
-    "HRA": Tuner("HRA", CONV, detaches=CONV),
+    "HRA": Tuner("HRA", CONV),
     "IA3": Tuner("IA3", CONV),
     "LNTuning": Tuner("LN_TUNING", ("LayerNorm",)),
     "LoHa": Tuner("LOHA", CONV),
@@ -61,7 +59,7 @@ TUNERS = {
     "PVeRA": Tuner("PVERA", noisy=True),
     "RandLoRA": Tuner("RANDLORA"),
     "RoAd": Tuner("ROAD"),
-    "SHiRA": Tuner("SHIRA", defaults={"random_seed": 0}, detaches=("Linear",)),
+    "SHiRA": Tuner("SHIRA", defaults={"random_seed": 0}),
     "SuperTuning": Tuner("SUPERTUNING"),
     "TinyLoRA": Tuner("TINYLORA"),
     "UniLoRA": Tuner("UNILORA"),
@@ -71,18 +69,19 @@ TUNERS = {
 }
 
 _TEXT = "it needs a language model with the configuration of transformers"
+_SEARCH = "what it finds in the base at the start is not stored, so it answers wrongly when the base is loaded later"
 
 REFUSED = {
     "AdaLoRA": "its ranks are set after every backward pass by a call of PEFT that training here does not make",
-    "AdaMSS": "its subspaces are found in the base weights and not stored; with a base that is loaded later outputs differ",
+    "AdaMSS": _SEARCH,
     "AdaptionPrompt": _TEXT,
     "Bone": "PEFT 0.21 dropped the name; it is MiSS with options=dict(init_weights='bat')",
     "Cartridge": _TEXT,
     "CPT": _TEXT,
-    "FRoD": "it replaces the weights by factors of their size that are not stored; with a base that is loaded later outputs differ",
+    "FRoD": _SEARCH,
     "Lily": "it mixes its experts over all images of a batch, so that an image's output depends on its neighbours",
     "MultitaskPromptTuning": _TEXT,
-    "OSF": "it trains as many numbers as the base has, and what it keeps fixed is not stored; train the base itself instead",
+    "OSF": "it trains as many numbers as the weights have and does not store what it keeps; train the base itself",
     "Poly": "its layers need task ids, which a backbone does not pass on",
     "PrefixTuning": _TEXT,
     "PromptTuning": _TEXT,
@@ -110,6 +109,8 @@ REFUSED_OPTIONS = {
     "generator_seed": "PEFT keeps a generator in the layer, which cannot be copied or saved",
     "save_only_topk_weights": "files of visadapt hold every tensor",
 }
+
+_BIAS = "it trains biases of the base, so that with the adapter switched off the base is another one"
 
 REFUSED_VALUES = {
     (
