@@ -53,7 +53,7 @@ val_cfg = dict()
 optim_wrapper = dict(
     type=AutocastOptimWrapper,
     constructor=TrainableGroups,
-    optimizer=dict(type=AdamW, lr=1e-2, weight_decay=0.0),
+    optimizer=dict(type=AdamW, lr=3e-3, weight_decay=0.0),
 )
 param_scheduler = dict(type=CosineAnnealingLR, T_max=30, by_epoch=True, convert_to_iter_based=True)
 cache_features = True

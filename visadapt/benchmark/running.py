@@ -10,17 +10,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from mmengine.config import Config
 from mmengine.hooks import Hook
-from mmengine.visualization import Visualizer
 from torch.utils.data import DataLoader
 
 from ..datasets.base import collate
 from ..datasets.digits import Digits
 from ..datasets.sampler import EpochSampler
 from ..engine import build_runner
-from ..heads.linear import LinearHead
 from ..hooks.cache import cached
-from ..optim.groups import TrainableGroups
-from ..optim.wrapper import AutocastOptimWrapper
 from ..tasks.classify import ImageClassifier
 
 if TYPE_CHECKING:
@@ -32,8 +28,8 @@ STEPS = 12
 
 def _model(setup: Setup, adapters: dict | None) -> dict[str, Any]:
     backbone = {"type": "TimmViT", "name": setup.model}
-    head = {"type": LinearHead, "num_classes": 10}
-    return {"type": ImageClassifier, "backbone": backbone, "adapters": adapters, "head": head}
+    head = {"type": "visadapt.heads.linear.LinearHead", "num_classes": 10}
+    return {"type": "visadapt.tasks.classify.ImageClassifier", "backbone": backbone, "adapters": adapters, "head": head}
 
 
 def _digits(setup: Setup, size: int) -> DataLoader:
@@ -57,24 +53,30 @@ class StepTimes(Hook):
         return median(b - a for a, b in zip(self.ends, self.ends[1:]))
 
 
-def _by_runner(setup: Setup, model: Any, size: int) -> float:
+def _by_runner(setup: Setup, size: int) -> float:
     """Median seconds per step under the runner with its usual hooks."""
     times = StepTimes()
-    loader = _digits(setup, size)
+    resize = [{"type": "Resize", "height": size, "width": size}]
+    loader = {
+        "batch_size": setup.batch,
+        "dataset": {"type": "visadapt.datasets.digits.Digits", "transform": resize, "training": True},
+        "sampler": {"type": "visadapt.datasets.sampler.EpochSampler", "endless": True},
+        "collate_fn": {"type": "visadapt.datasets.base.collate"},
+    }
     with tempfile.TemporaryDirectory() as folder:
         cfg = Config(
             {
-                "model": model,
+                "model": _model(setup, {"main": {"type": "LoRA"}}),
                 "train_dataloader": loader,
                 "train_cfg": {"by_epoch": False, "max_iters": STEPS + 1},
                 "optim_wrapper": {
-                    "type": AutocastOptimWrapper,
-                    "constructor": TrainableGroups,
-                    "optimizer": {"type": torch.optim.AdamW, "lr": 1e-3},
+                    "type": "visadapt.optim.wrapper.AutocastOptimWrapper",
+                    "constructor": "visadapt.optim.groups.TrainableGroups",
+                    "optimizer": {"type": "torch.optim.AdamW", "lr": 1e-3},
                 },
                 "custom_hooks": [times],
                 "default_hooks": {"checkpoint": None},
-                "visualizer": {"type": Visualizer, "vis_backends": []},
+                "visualizer": {"type": "mmengine.visualization.Visualizer", "vis_backends": []},
                 "work_dir": folder,
                 "experiment_name": f"bench{time.time_ns()}",
                 "randomness": {"seed": 0},
@@ -104,7 +106,7 @@ def runner_cost(setup: Setup) -> dict[str, float]:
     size = setup.size // 2
     task = ImageClassifier(**{k: v for k, v in _model(setup, {"main": {"type": "LoRA"}}).items() if k != "type"})
     task.to(setup.device)
-    ratios = [_by_runner(setup, task, size) / _by_hand(setup, task, size) for _ in range(max(3, setup.rounds // 3))]
+    ratios = [_by_runner(setup, size) / _by_hand(setup, task, size) for _ in range(max(3, setup.rounds // 3))]
     return {"runner_over_loop": median(ratios)}
 
 

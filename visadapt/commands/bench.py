@@ -1,4 +1,4 @@
-"""`visadapt bench speed`: how fast training and inference with adapters are, as ratios within one run."""
+"""`visadapt bench speed`: ratios within one run. `bench train`: store results. `bench report`: the table of them."""
 
 from __future__ import annotations
 
@@ -9,16 +9,20 @@ from ..errors import InputError, hint
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("what", choices=["speed"], help="the benchmark")
-    parser.add_argument("--method", nargs="+", default=[], metavar="NAME", help="adapters to time as well, or 'all'")
-    parser.add_argument("--model", default="vit_small_patch16_224", help="timm model")
-    parser.add_argument("--size", type=int, default=224, help="image side in pixels")
-    parser.add_argument("--batch", type=int, default=8, help="images per training step")
-    parser.add_argument("--mixed", type=int, default=32, help="images and adapters of the mixed batch")
-    parser.add_argument("--rounds", type=int, default=9, help="measured rounds")
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--out", help="also write the JSON object to this file")
+    parser.add_argument("what", choices=["speed", "train", "report"], help="the benchmark, or the report of stored results")
+    parser.add_argument("config", nargs="?", help="train: the config to run")
+    parser.add_argument("overrides", nargs="*", help="train: a.b.c=value")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="train: one run and stored line each")
+    parser.add_argument("--work-dir", default="work_dirs/bench", help="train: where the runs go")
+    parser.add_argument("--method", nargs="+", default=[], metavar="NAME", help="speed: adapters to time too, or 'all'")
+    parser.add_argument("--model", default="vit_small_patch16_224", help="speed: timm model")
+    parser.add_argument("--size", type=int, default=224, help="speed: image side in pixels")
+    parser.add_argument("--batch", type=int, default=8, help="speed: images per training step")
+    parser.add_argument("--mixed", type=int, default=32, help="speed: images and adapters of the mixed batch")
+    parser.add_argument("--rounds", type=int, default=9, help="speed: measured rounds")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="speed: where to run")
+    parser.add_argument("--json", action="store_true", help="speed: print one JSON object")
+    parser.add_argument("--out", help="speed: also write the JSON object to this file")
 
 
 def methods(names: list[str]) -> list[str]:
@@ -39,6 +43,21 @@ def methods(names: list[str]) -> list[str]:
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.what == "speed":
+        return speed(args)
+    from pathlib import Path
+
+    from ..benchmark.results import train_and_store, write_zoo
+
+    if args.what == "train":
+        if args.config is None:
+            raise InputError("bench train needs a config: visadapt bench train configs/lora/….py --seeds 0 1 2")
+        train_and_store(args.config, args.overrides, args.seeds, Path(args.work_dir))
+    print(f"wrote {write_zoo()}")
+    return 0
+
+
+def speed(args: argparse.Namespace) -> int:
     chosen = methods(args.method)
 
     from ..benchmark.speed import Setup, measure
