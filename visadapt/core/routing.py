@@ -58,41 +58,45 @@ def _by_groups(
     return torch.stack(outputs)
 
 
-def _low_rank(
-    forward: WeightForward, x: Tensor, ids: list[str | None], by_owner: dict[str, list[SiteModule]]
-) -> Tensor:
-    """The base product for all images together, then two thin batched products per slice of rows."""
+def _low_rank(forward: WeightForward, x: Tensor, ids: list[str | None], by_owner: dict[str, list[SiteModule]]) -> Tensor:
+    """The base product for all images together, then two thin batched products; slices of rows share the first."""
     y = F.linear(x, forward.module.weight, forward.module.bias)
     flat = x.reshape(x.shape[0], -1, x.shape[-1])
     out = y.view(y.shape[0], -1, y.shape[-1])
-    slices = dict.fromkeys(p.site.rows for pieces in by_owner.values() for p in pieces)
-    for rows in slices:
-        found = [next((p for p in by_owner.get(i, ()) if p.site.rows == rows), None) for i in ids]
-        stacked = _stack(found, x)
-        if stacked is None:
-            continue
-        down, up = stacked  # (B, i, r), (B, r, o)
+    slices = list(dict.fromkeys(p.site.rows for pieces in by_owner.values() for p in pieces))
+    stacked = {rows: s for rows in slices if (s := _stack(_pieces_at(rows, ids, by_owner))) is not None}
+    down = torch.cat([a for a, _ in stacked.values()], 1) if len(stacked) > 1 else next(iter(stacked.values()))[0]
+    thin = torch.bmm(flat, down.mT.to(y.dtype)).split([a.shape[1] for a, _ in stacked.values()], 2)
+    for (rows, (_, up)), part in zip(stacked.items(), thin):
         start, stop = rows or (0, y.shape[-1])
-        thin = torch.bmm(flat, down.to(y.dtype))
+        up = up.mT.to(y.dtype)
         if torch.is_grad_enabled():
-            out = out + F.pad(torch.bmm(thin, up.to(y.dtype)), (start, y.shape[-1] - stop))
+            out = out + F.pad(torch.bmm(part, up), (start, y.shape[-1] - stop))
         else:
-            out[..., start:stop].baddbmm_(thin, up.to(y.dtype))
+            out[..., start:stop].baddbmm_(part, up)
     return out.view_as(y)
 
 
-def _stack(found: list[Delta | None], x: Tensor) -> tuple[Tensor, Tensor] | None:
-    """A.T (B, i, r) and s B.T (B, r, o) of every image's piece, padded with zeros to the largest rank."""
-    factors = {id(p): p.factors() for p in found if p is not None}
+def _pieces_at(
+    rows: tuple[int, int] | None, ids: list[str | None], by_owner: dict[str, list[SiteModule]]
+) -> list[Delta | None]:
+    """Every image's piece at one slice of rows."""
+    at = {name: p for name, pieces in by_owner.items() for p in pieces if p.site.rows == rows}
+    return [at.get(i) for i in ids]
+
+
+def _stack(found: list[Delta | None]) -> tuple[Tensor, Tensor] | None:
+    """A (B, r, i) and s B (B, o, r) of every image's piece, padded with zeros to the largest rank."""
+    factors = {p: p.factors() for p in dict.fromkeys(found) if p is not None}
     if not factors:
         return None
     rank = max(a.shape[0] for a, _, _ in factors.values())
-    a0, b0, _ = next(iter(factors.values()))
-    zero = a0.new_zeros(rank, a0.shape[1]), b0.new_zeros(b0.shape[0], rank)
-    ready = {None: zero}
-    for piece in {id(p): p for p in found if p is not None}.values():
-        a, b, scale = factors[id(piece)]
-        gap = rank - a.shape[0]
-        ready[id(piece)] = (F.pad(a, (0, 0, 0, gap)), F.pad(b * (scale * piece.scale), (0, gap)))
-    pairs = [ready[None if p is None else id(p)] for p in found]
-    return torch.stack([a for a, _ in pairs]).mT, torch.stack([b for _, b in pairs]).mT
+    first_a, first_b, _ = next(iter(factors.values()))
+    ready = {None: (first_a.new_zeros(rank, first_a.shape[1]), first_b.new_zeros(first_b.shape[0], rank), 0.0)}
+    for piece, (a, b, scale) in factors.items():
+        if gap := rank - a.shape[0]:
+            a, b = F.pad(a, (0, 0, 0, gap)), F.pad(b, (0, gap))
+        ready[piece] = (a, b, scale * piece.scale)
+    chosen = [ready[p] for p in found]
+    scales = torch.tensor([s for _, _, s in chosen], device=first_b.device, dtype=first_b.dtype).view(-1, 1, 1)
+    return torch.stack([a for a, _, _ in chosen]), torch.stack([b for _, b, _ in chosen]) * scales
