@@ -63,6 +63,12 @@ def _digest(tensors: dict[str, Tensor], dtype: torch.dtype | None = None) -> str
     return total.hexdigest()
 
 
+def _checksum(manifest: dict[str, Any], tensors: dict[str, Tensor]) -> str:
+    """sha256 over everything in a file but the checksum itself."""
+    said = json.dumps({k: v for k, v in manifest.items() if k != "sha256"}, sort_keys=True)
+    return hashlib.sha256((said + _digest(tensors)).encode()).hexdigest()
+
+
 def fingerprint(adapted: Adapted) -> str:
     """sha256 of the untouched base in float32, whatever is merged or swapped in at the moment."""
     tensors = {k: v for k, v in adapted.backbone.body.state_dict().items() if v.is_floating_point()}
@@ -133,9 +139,9 @@ def save_adapter(
         },
         "heads": {n: {"type": type(h).__name__, "arguments": arguments_of(h, ("in_dim",))} for n, h in heads.items()},
         "tensors": {k: {"shape": list(v.shape), "dtype": str(v.dtype).removeprefix("torch.")} for k, v in tensors.items()},
-        "sha256": _digest(tensors),
         **(extra or {}),
     }
+    manifest["sha256"] = _checksum(manifest, tensors)
     with atomic(path) as temporary:
         save_file(tensors, temporary, metadata={"visadapt": json.dumps(manifest)})
     return Path(path)
@@ -170,12 +176,12 @@ def read_tensors(path: str | os.PathLike, manifest: dict[str, Any]) -> dict[str,
     """All tensors of an adapter file.
 
     Raises:
-        InputError: the values are not those that were written.
+        InputError: tensors or manifest are not those that were written.
     """
     with _open(path) as file:
         tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
-    if _digest(tensors) != manifest["sha256"]:
-        raise InputError(f"{path}: the tensors do not match their checksum; the file was damaged or altered")
+    if _checksum(manifest, tensors) != manifest.get("sha256"):
+        raise InputError(f"{path} does not match its checksum; the file was damaged or altered")
     return tensors
 
 
@@ -210,7 +216,24 @@ def load_adapter(
             f"{path} was made for {made_for['type']}({name}), fingerprint {made_for['fingerprint'][:12]}; "
             f"this backbone has {here[:12]}. Load the same base weights, or pass check_base=False if they are equal"
         )
-    _attach_missing(adapted, manifest, path)
+    attached = _attach_missing(adapted, manifest, path)
+    try:
+        return _fill(adapted, path, manifest, tensors, heads or {}, check_probe_output and check_base)
+    except InputError:
+        for name in attached:
+            adapted.remove(name)
+        raise
+
+
+def _fill(
+    adapted: Adapted,
+    path: str | os.PathLike,
+    manifest: dict[str, Any],
+    tensors: dict[str, Tensor],
+    heads: dict[str, nn.Module],
+    probe: bool,
+) -> LoadReport:
+    """Copy a file's tensors into attached adapters and heads."""
     loaded: list[str] = []
     for name in manifest["adapters"]:
         own = adapter_tensors(adapted, name)
@@ -220,23 +243,31 @@ def load_adapter(
         base = {k.removeprefix(prefix): v for k, v in given.items() if k.startswith(prefix)}
         adapted.base_values.load(name, base, adapted.backbone.body)
         loaded += given
-    for name, head in (heads or {}).items():
+    for name, head in heads.items():
         prefix = f"heads/{name}/"
         given = {k: v for k, v in tensors.items() if k.startswith(prefix)}
         _copy(given, {prefix + k: v for k, v in head.state_dict().items()}, f"{path}, head '{name}'")
         loaded += given
     unexpected = sorted(set(tensors) - set(loaded) - {"probe/output"})
     names = tuple(manifest["adapters"])
-    error = check_probe(adapted, names, tensors["probe/output"], path) if check_probe_output and check_base else None
+    error = check_probe(adapted, names, tensors["probe/output"], path) if probe else None
     return LoadReport(sorted(loaded), sorted(adapted.backbone.body.state_dict()), unexpected, error)
 
 
-def _attach_missing(adapted: Adapted, manifest: dict[str, Any], path: str | os.PathLike) -> None:
+def _attach_missing(adapted: Adapted, manifest: dict[str, Any], path: str | os.PathLike) -> list[str]:
+    """Build and attach the adapters that are not there yet.
+
+    Returns:
+        Their names.
+    """
     for name, entry in manifest["adapters"].items():
-        if name not in adapted.adapters:
-            adapted.add(name, ADAPTERS.build({"type": entry["type"], **entry["arguments"]}))
-        elif (here := type(adapted.adapters[name]).__name__) != entry["type"]:
+        if name in adapted.adapters and (here := type(adapted.adapters[name]).__name__) != entry["type"]:
             raise InputError(f"{path} has {entry['type']} as adapter '{name}', here it is {here}; remove or rename it")
+    missing = [n for n in manifest["adapters"] if n not in adapted.adapters]
+    for name in missing:
+        entry = manifest["adapters"][name]
+        adapted.add(name, ADAPTERS.build({"type": entry["type"], **entry["arguments"]}))
+    return missing
 
 
 @torch.no_grad()
