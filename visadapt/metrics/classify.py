@@ -43,7 +43,7 @@ class ClassificationMetric(BaseMetric):
     default_prefix = ""  # an empty one keeps the keys bare; None would be warned about
 
     def __init__(self, worst: int = 20):
-        super().__init__()
+        super().__init__(collect_device="gpu")  # gathers objects over any backend; "cpu" leaves a folder behind
         self.worst = worst
         self.num_classes = 0
         self.report: dict[str, Any] = {}
