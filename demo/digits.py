@@ -36,7 +36,8 @@ def main() -> int:
     print("\n500 held-out scans, DINOv2 ViT-S/14 (fine-tuned for saliency), best epoch:")
     for name, (accuracy, seconds, folder) in found.items():
         size = (folder / "adapter_best.safetensors").stat().st_size
-        print(f"  {name:<14} top-1 {accuracy:.3f}   {seconds:5.0f} s   file {size / 1e6:.2f} MB (backbone {backbone / 1e6:.0f} MB)")
+        sizes = f"file {size / 1e6:.2f} MB, {backbone / size:,.0f} times smaller than the backbone"
+        print(f"  {name:<14} top-1 {accuracy:.3f}   {seconds:5.0f} s   {sizes}")
     folder = found["LoRA"][2]
     print(f"\nadapter:  {folder / 'adapter_best.safetensors'}")
     print(f"pictures: {folder / 'predictions.png'}, {folder / 'confusion.png'}, {folder / 'curves.png'}")

@@ -67,7 +67,7 @@ def test_manifest_lists_every_tensor_and_nothing_of_the_base(saved):
     assert {k.split("/")[0] for k in tensors} == {"adapters", "heads", "probe"}
     assert manifest["adapters"]["main"]["arguments"]["targets"] == ["q", "fc2"]
     assert manifest["classes"] == ["x", "y", "z"]
-    assert [s["key"] for s in manifest["adapters"]["main"]["sites"]][0] == "trunk_00_q"
+    assert manifest["adapters"]["main"]["sites"][0]["key"] == "trunk_00_q"
 
 
 def test_another_base_is_refused_with_both_fingerprints(saved):
@@ -119,7 +119,11 @@ def test_altered_file(saved, tmp_path, what):
 def test_other_files_are_no_adapter_files(tmp_path):
     save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors")
     (tmp_path / "y.safetensors").write_text("hello")
-    for name, message in (("x", "without a visadapt manifest"), ("y", "no complete adapter file"), ("z", "no adapter file")):
+    for name, message in (
+        ("x", "without a visadapt manifest"),
+        ("y", "no complete adapter file"),
+        ("z", "no adapter file"),
+    ):
         with pytest.raises(InputError, match=message):
             fresh().load(tmp_path / f"{name}.safetensors")
 

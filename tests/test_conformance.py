@@ -439,7 +439,7 @@ def test_images_of_one_batch_have_an_adapter_each_or_are_refused(pair):
     if not pair.routes:
         adapted = adapt(pair)
         if pair.acts:
-            with pytest.raises(InputError, match="kinds|trained base values"):
+            with pytest.raises(InputError, match=r"kinds|trained base values"):
                 adapted.route(["a", None])
         return
     adapted, x = adapt(pair, "a", "b"), images(pair, count=5)

@@ -71,7 +71,13 @@ def error_line(capsys) -> str:
 def test_run_folder_is_complete(run):
     names = {p.name for p in run.iterdir()}
     assert {"config.py", "environment.json", "metrics.jsonl", "curves.png", "predictions.png", "confusion.png"} <= names
-    assert {"report.json", "adapter_best.safetensors", "adapter_last.safetensors", "epoch_4.pth", "epoch_3.pth"} <= names
+    assert {
+        "report.json",
+        "adapter_best.safetensors",
+        "adapter_last.safetensors",
+        "epoch_4.pth",
+        "epoch_3.pth",
+    } <= names
     assert "epoch_2.pth" not in names
     assert list(run.rglob("events.out.tfevents*"))
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -101,9 +107,13 @@ def test_resume_is_exact(config, tmp_path, extra):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     text = config.read_text()
     if extra:
-        text = text.replace("    type=AutocastOptimWrapper,", "    type=AutocastOptimWrapper,\n    accumulative_counts=1,")
+        text = text.replace(
+            "    type=AutocastOptimWrapper,", "    type=AutocastOptimWrapper,\n    accumulative_counts=1,"
+        )
         text = text.replace("head=dict(", "mix=dict(mixup=0.0, cutmix=0.0),\n    head=dict(")
-        text += '\nfrom visadapt.hooks.steps import TrainableEMA\ncustom_hooks += [dict(type=TrainableEMA, momentum=0.1)]\n'
+        text += (
+            "\nfrom visadapt.hooks.steps import TrainableEMA\ncustom_hooks += [dict(type=TrainableEMA, momentum=0.1)]\n"
+        )
     path = tmp_path / "c.py"
     path.write_text(text)
     overrides = ["optim_wrapper.accumulative_counts=3", "model.mix.mixup=0.2", "model.mix.cutmix=1.0"] if extra else []
@@ -118,7 +128,7 @@ def test_resume_is_exact(config, tmp_path, extra):
 
 
 def test_kill_during_checkpoint_and_resume(config, run, tmp_path):
-    """kill -9 while a checkpoint is being written: no half file counts, and the resumed run ends like an unbroken one."""
+    """kill -9 while a checkpoint is being written: no half file counts, and the resumed run ends the same."""
     folder = tmp_path / "killed"
     slow = tmp_path / "slow.py"
     slow.write_text(
@@ -208,7 +218,14 @@ def images(tmp_path_factory) -> Path:
 
 def test_predict_equals_the_trained_task(config, run, images, tmp_path):
     result = subprocess.run(
-        [sys.executable, "tools/predict.py", str(run / "adapter_best.safetensors"), str(images), "--out", str(tmp_path)],
+        [
+            sys.executable,
+            "tools/predict.py",
+            str(run / "adapter_best.safetensors"),
+            str(images),
+            "--out",
+            str(tmp_path),
+        ],
         **BOUND,
     )
     assert result.returncode == 0, result.stderr
@@ -258,7 +275,10 @@ def test_cached_features_train_the_same_head(tmp_path, config):
 
 
 def test_iteration_loop_resumes_in_mid_epoch(config, tmp_path):
-    text = config.read_text().replace("train_cfg = dict(by_epoch=True, max_epochs=4)", "train_cfg = dict(by_epoch=False, max_iters=17, val_interval=17)")
+    text = config.read_text().replace(
+        "train_cfg = dict(by_epoch=True, max_epochs=4)",
+        "train_cfg = dict(by_epoch=False, max_iters=17, val_interval=17)",
+    )
     text = text.replace("EpochSampler, shuffle=True", "EpochSampler, shuffle=True, endless=True")
     text = text.replace("T_max=6, by_epoch=True, convert_to_iter_based=True", "T_max=17, by_epoch=False")
     text = text.replace("Checkpoints, interval=1, by_epoch=True", "Checkpoints, interval=7, by_epoch=False")
@@ -274,8 +294,12 @@ def test_iteration_loop_resumes_in_mid_epoch(config, tmp_path):
 
 
 def test_bf16_and_checkpointing_train(config, tmp_path):
-    text = config.read_text().replace("    type=AutocastOptimWrapper,", '    type=AutocastOptimWrapper,\n    dtype="bfloat16",')
-    text = text.replace("    head=dict(", "    checkpointing=True,\n    head=dict(").replace("max_epochs=4", "max_epochs=2")
+    text = config.read_text().replace(
+        "    type=AutocastOptimWrapper,", '    type=AutocastOptimWrapper,\n    dtype="bfloat16",'
+    )
+    text = text.replace("    head=dict(", "    checkpointing=True,\n    head=dict(").replace(
+        "max_epochs=4", "max_epochs=2"
+    )
     path = tmp_path / "bf16.py"
     path.write_text(text)
     assert main(["train", str(path), "--work-dir", str(tmp_path / "run")]) == 0

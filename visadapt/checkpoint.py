@@ -76,7 +76,9 @@ def read(path: str | os.PathLike) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise InputError(f"{path} holds more than tensors and plain values; it may carry code and is not loaded") from error
+        raise InputError(
+            f"{path} holds more than tensors and plain values; it may carry code and is not loaded"
+        ) from error
     except (RuntimeError, EOFError, OSError, zipfile.BadZipFile) as error:
         raise InputError(f"{path} is damaged or cut off and cannot be read") from error
     if not isinstance(content, dict) or not {"meta", "state_dict", "optimizer", "fingerprint"} <= set(content):
@@ -101,7 +103,9 @@ def restore(runner, path: Path) -> None:
     if meta["world_size"] != runner.world_size:
         raise InputError(f"{path} was written by {meta['world_size']} processes, this run has {runner.world_size}")
     if content["fingerprint"] != fingerprint(_adapted(model)):
-        raise InputError(f"{path} belongs to another base (fingerprint {content['fingerprint'][:12]}); use the same weights")
+        raise InputError(
+            f"{path} belongs to another base (fingerprint {content['fingerprint'][:12]}); use the same weights"
+        )
     state, own = content["state_dict"], trained_state(model)
     different = sorted(set(state) ^ set(own)) or [k for k in own if own[k].shape != state[k].shape]
     if different:

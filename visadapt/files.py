@@ -10,7 +10,6 @@ from pathlib import Path
 
 from .errors import InputError
 
-
 UMASK = os.umask(0)
 os.umask(UMASK)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 from timm.layers import apply_rot_embed_cat
 from timm.layers.attention import resolve_self_attn_mask
 from torch import Tensor, cat, nn

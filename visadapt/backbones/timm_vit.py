@@ -29,8 +29,8 @@ class TimmViT(Backbone):
 
     Args:
         name: timm model name, e.g. "vit_small_patch14_dinov2".
-        weights: None for random weights, "timm" for timm's hub, "timm:<tag>" for one of its tags, a file (timm, official
-            DINOv2 and CLIP layouts are recognised), or "dinov2_vits14_focus", the offline ViT-S/14 of the `weights` extra.
+        weights: None for random weights, "timm" for timm's hub, "timm:<tag>" for one of its tags, a file (timm, DINOv2
+            and CLIP layouts are recognised), or "dinov2_vits14_focus", the offline ViT-S/14 of the `weights` extra.
         in_chans: bands of the input.
         bands: how the patch embedding is widened to other bands: repeat, mean or zero.
         out_indices: blocks whose feature maps are given, negative from the end; none by default.
@@ -75,7 +75,7 @@ class TimmViT(Backbone):
         remote = self.weights is not None and not is_local(self.weights)
         if remote and not (self.weights == "timm" or self.weights.startswith("timm:")):
             raise InputError(
-                f"TimmViT weights '{self.weights}': neither a file, nor 'timm' or 'timm:<tag>', nor 'dinov2_vits14_focus'"
+                f"TimmViT weights '{self.weights}': no such file, nor 'timm', 'timm:<tag>' or 'dinov2_vits14_focus'"
             )
         if remote and self.weights != "timm":
             tag = self.weights.removeprefix("timm:")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
+from itertools import pairwise
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
@@ -50,7 +51,7 @@ class StepTimes(Hook):
         self.ends.append(time.perf_counter())
 
     def seconds(self) -> float:
-        return median(b - a for a, b in zip(self.ends, self.ends[1:]))
+        return median(b - a for a, b in pairwise(self.ends))
 
 
 def _by_runner(setup: Setup, size: int) -> float:
@@ -98,7 +99,7 @@ def _by_hand(setup: Setup, task: ImageClassifier, size: int) -> float:
         optimizer.step()
         optimizer.zero_grad()
         ends.append(time.perf_counter())
-    return median(b - a for a, b in zip(ends, ends[1:]))
+    return median(b - a for a, b in pairwise(ends))
 
 
 def runner_cost(setup: Setup) -> dict[str, float]:

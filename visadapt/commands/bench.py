@@ -9,7 +9,9 @@ from ..errors import InputError, hint
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("what", choices=["speed", "train", "report"], help="the benchmark, or the report of stored results")
+    parser.add_argument(
+        "what", choices=["speed", "train", "report"], help="the benchmark, or the report of stored results"
+    )
     parser.add_argument("config", nargs="?", help="train: the config to run")
     parser.add_argument("overrides", nargs="*", help="train: a.b.c=value")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="train: one run and stored line each")

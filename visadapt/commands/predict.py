@@ -40,7 +40,9 @@ def find_images(patterns: list[str]) -> list[Path]:
         else:
             matches = sorted(Path(p) for p in glob.glob(pattern, recursive=True) if Path(p).suffix.lower() in SUFFIXES)
         if not matches:
-            raise InputError(f"no images at '{pattern}'; give a file, a folder or a glob of {', '.join(sorted(SUFFIXES))}")
+            raise InputError(
+                f"no images at '{pattern}'; give a file, a folder or a glob of {', '.join(sorted(SUFFIXES))}"
+            )
         found |= dict.fromkeys(matches)
     return list(found)
 

@@ -61,11 +61,13 @@ class Adapted(nn.Module):
         if self.merger.names:
             raise InputError(f"adapter '{name}' cannot be added while {self.merger.names} are merged; unmerge first")
         if enable and self.ctx.ids is not None:
-            raise InputError(f"a mixed batch is being routed; add '{name}' with enable=False, or end it with route(None)")
+            raise InputError(
+                f"a mixed batch is being routed; add '{name}' with enable=False, or end it with route(None)"
+            )
         if enable and adapter.trains_base and self.base_values.active:
             raise InputError(
-                f"adapters '{self.base_values.active}' and '{name}' both replace base values; disable the first one, or "
-                "add with enable=False"
+                f"adapters '{self.base_values.active}' and '{name}' both replace base values; disable the first, "
+                "or add with enable=False"
             )
         adapter.build(self.backbone)
         reference = next(self.backbone.parameters())
@@ -134,8 +136,8 @@ class Adapted(nn.Module):
         """Let exactly these adapters take part, with `scale` as factor on what they change (1 where None).
 
         Raises:
-            InputError: an unknown name, a merged adapter, a mixed batch, a scale on a kind that has none, or two adapters
-                that replace base values; nothing is switched then.
+            InputError: an unknown name, a merged adapter, a mixed batch, a scale on a kind that has none, or two
+                adapters that replace base values; nothing is switched then.
         """
         self.known(names)
         if self.merger.names:
@@ -261,7 +263,9 @@ class Adapted(nn.Module):
         self.merger.unmerge(self)
 
     # ---- files ----------------------------------------------------------------------------------------------------
-    def save(self, path: str, *names: str, heads: dict[str, nn.Module] | None = None, extra: dict | None = None) -> None:
+    def save(
+        self, path: str, *names: str, heads: dict[str, nn.Module] | None = None, extra: dict | None = None
+    ) -> None:
         """Write adapters (all where none is named) and heads to one file; see `core.io.save_adapter`."""
         save_adapter(self, path, *names, heads=heads, extra=extra)
 

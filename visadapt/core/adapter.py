@@ -81,9 +81,7 @@ class Adapter(nn.Module):
         made = {site.key: self.make(site, backbone, self.common) for site in sites}
         self.pieces = nn.ModuleDict({key: piece for key, piece in made.items() if piece is not None})
         if sites and not self.pieces:
-            raise InputError(
-                f"{who}: it has nothing to do at the {len(sites)} chosen sites; choose other targets"
-            )
+            raise InputError(f"{who}: it has nothing to do at the {len(sites)} chosen sites; choose other targets")
 
     def sides(self) -> list[Side]:
         return [m for m in self.common.values() if isinstance(m, Side)]

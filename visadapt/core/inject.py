@@ -1,7 +1,7 @@
 """Attach pieces to a third-party network without changing its module tree, its keys or its class.
 
 Hooks and forward objects are instances of plain classes, never closures: they survive deepcopy (a copy gets its own
-pieces), pickle, `torch.compile(fullgraph=True)` and `torch.export`, and taking them off restores the network bit for bit.
+pieces), pickle, `torch.compile(fullgraph=True)` and `torch.export`; taking them off restores the network bit for bit.
 """
 
 from __future__ import annotations

@@ -50,7 +50,8 @@ class LoadReport:
     def __str__(self) -> str:
         probe = "" if self.probe_error is None else f", probe differs by {self.probe_error:.1e}"
         unused = f", unused: {', '.join(self.unexpected)}" if self.unexpected else ""
-        return f"loaded {len(self.loaded)} tensors; {len(self.expected_missing)} base tensors stay as they are{unused}{probe}"
+        base = f"{len(self.expected_missing)} base tensors stay as they are"
+        return f"loaded {len(self.loaded)} tensors; {base}{unused}{probe}"
 
 
 def _digest(tensors: dict[str, Tensor], dtype: torch.dtype | None = None) -> str:
@@ -138,7 +139,9 @@ def save_adapter(
             "fingerprint": fingerprint(adapted),
         },
         "heads": {n: {"type": type(h).__name__, "arguments": arguments_of(h, ("in_dim",))} for n, h in heads.items()},
-        "tensors": {k: {"shape": list(v.shape), "dtype": str(v.dtype).removeprefix("torch.")} for k, v in tensors.items()},
+        "tensors": {
+            k: {"shape": list(v.shape), "dtype": str(v.dtype).removeprefix("torch.")} for k, v in tensors.items()
+        },
         **(extra or {}),
     }
     manifest["sha256"] = _checksum(manifest, tensors)
@@ -153,7 +156,9 @@ def _open(path: str | os.PathLike):
     try:
         return safe_open(str(path), framework="pt")
     except (SafetensorError, OSError) as error:
-        raise InputError(f"{path} is no complete adapter file ({error}); it was cut off or is of another format") from error
+        raise InputError(
+            f"{path} is no complete adapter file ({error}); it was cut off or is of another format"
+        ) from error
 
 
 def read_manifest(path: str | os.PathLike) -> dict[str, Any]:
@@ -168,7 +173,9 @@ def read_manifest(path: str | os.PathLike) -> dict[str, Any]:
         raise InputError(f"{path} is a safetensors file without a visadapt manifest; it is no adapter file")
     manifest = json.loads(text)
     if manifest["format"] > FORMAT:
-        raise InputError(f"{path} was written by visadapt {manifest['visadapt']}; this is {__version__}, upgrade to read it")
+        raise InputError(
+            f"{path} was written by visadapt {manifest['visadapt']}; this is {__version__}, upgrade to read it"
+        )
     return manifest
 
 

@@ -21,7 +21,7 @@ TOLERANCE = 1e-2
 
 @torch.no_grad()
 def run_probe(adapted: Adapted, names: Sequence[str]) -> Tensor:
-    """(D,) pooled vector of a seeded image, with exactly these adapters; modes and switches are as before afterwards."""
+    """(D,) pooled vector of a seeded image, with exactly these adapters; modes and switches stay as they were."""
     backbone = adapted.backbone
     reference = next(backbone.parameters())
     side = 2 * backbone.patch
@@ -53,7 +53,5 @@ def check_probe(adapted: Adapted, names: Sequence[str], stored: Tensor, path: st
     here = run_probe(adapted, names)
     error = ((here - stored).abs() / stored.abs().clamp(min=1)).max().item()
     if not error <= TOLERANCE:
-        raise InputError(
-            f"{path}: the loaded adapter answers its stored probe with an error of {error:.1e} (allowed {TOLERANCE:.0e})"
-        )
+        raise InputError(f"{path}: the loaded adapter misses its stored probe by {error:.1e} (allowed {TOLERANCE:.0e})")
     return error

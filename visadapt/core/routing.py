@@ -58,7 +58,9 @@ def _by_groups(
     return torch.stack(outputs)
 
 
-def _low_rank(forward: WeightForward, x: Tensor, ids: list[str | None], by_owner: dict[str, list[SiteModule]]) -> Tensor:
+def _low_rank(
+    forward: WeightForward, x: Tensor, ids: list[str | None], by_owner: dict[str, list[SiteModule]]
+) -> Tensor:
     """The base product for all images together, then two thin batched products; slices of rows share the first."""
     y = F.linear(x, forward.module.weight, forward.module.bias)
     flat = x.reshape(x.shape[0], -1, x.shape[-1])

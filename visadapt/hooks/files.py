@@ -159,7 +159,9 @@ class Console(Hook):
         if runner.rank == 0 and sys.stderr.isatty():
             self.bar = tqdm(total=runner.max_iters, initial=runner.iter, unit="step", dynamic_ncols=True, leave=False)
 
-    def after_train_iter(self, runner, batch_idx: int, data_batch: dict | None = None, outputs: dict | None = None) -> None:
+    def after_train_iter(
+        self, runner, batch_idx: int, data_batch: dict | None = None, outputs: dict | None = None
+    ) -> None:
         self.unreadable |= dict.fromkeys((data_batch or {}).get("unreadable", ()))
         if self.bar is not None:
             self.bar.set_postfix(loss=f"{outputs['loss'].item():.3f}", refresh=False)
@@ -172,7 +174,9 @@ class Console(Hook):
 
     def after_val_epoch(self, runner, metrics: dict | None = None) -> None:
         shown = "  ".join(f"{k} {v:.4f}" for k, v in (metrics or {}).items())
-        self._say(runner, f"epoch {runner.epoch}/{runner.max_epochs}  step {runner.iter}  loss {self.loss:.4f}  {shown}")
+        self._say(
+            runner, f"epoch {runner.epoch}/{runner.max_epochs}  step {runner.iter}  loss {self.loss:.4f}  {shown}"
+        )
 
     def after_train(self, runner) -> None:
         if self.bar is not None:

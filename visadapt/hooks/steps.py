@@ -26,7 +26,7 @@ class StepSeed(Hook):
 
 
 class TrainableEMA(Hook):
-    """Moving average of what trains. It stands in the model from a validation to the next training step, and at the end.
+    """Moving average of what trains. It is in the model from a validation to the next training step, and at the end.
 
     Args:
         momentum: weight of the newest values.

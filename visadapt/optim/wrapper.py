@@ -56,8 +56,8 @@ class AutocastOptimWrapper(OptimWrapper):
         self.bad_steps += 1
         if self.bad_steps >= self.stop_after_nan:
             raise InputError(
-                f"the loss was {loss.item()} for {self.bad_steps} steps in a row; training stopped and the last checkpoint "
-                "is kept. Lower optim_wrapper.optimizer.lr, or set optim_wrapper.clip_grad=dict(max_norm=1.0)"
+                f"the loss was {loss.item()} for {self.bad_steps} steps in a row; training stopped and the last "
+                "checkpoint is kept. Lower optim_wrapper.optimizer.lr or set optim_wrapper.clip_grad=dict(max_norm=1.0)"
             )
 
     @staticmethod

@@ -39,7 +39,9 @@ class Normalize(BaseDataPreprocessor):
             InputError: another number of bands than there are statistics for.
         """
         if images.shape[1] != self.mean.shape[1]:
-            raise InputError(f"images have {images.shape[1]} bands, the backbone takes {self.mean.shape[1]}; see in_chans")
+            raise InputError(
+                f"images have {images.shape[1]} bands, the backbone takes {self.mean.shape[1]}; see in_chans"
+            )
         return (images.float() - self.mean) / self.std
 
 
