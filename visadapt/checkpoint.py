@@ -20,10 +20,14 @@ from .core.adapted import Adapted
 from .core.io import fingerprint
 from .errors import InputError
 from .files import atomic
-from .hooks.steps import unwrap
 
 HISTORY = 256
 """Logged values that are kept per scalar; no smoothing window is longer."""
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The task inside a distributed wrapper."""
+    return getattr(model, "module", model)
 
 
 def _adapted(model: nn.Module) -> Adapted:

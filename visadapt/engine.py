@@ -13,10 +13,11 @@ from mmengine.dist import barrier
 from mmengine.runner import Runner
 
 from . import checkpoint
+from .checkpoint import unwrap
 from .errors import InputError
 from .hooks.cache import CacheFeatures
 from .hooks.files import Console, MetricsFile
-from .hooks.steps import StepSeed, unwrap
+from .hooks.steps import StepSeed
 
 __all__ = ["build_runner", "close", "is_main_process", "unwrap"]
 

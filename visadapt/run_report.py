@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
+from .checkpoint import unwrap
 from .core.io import load_adapter, read_manifest
 from .datasets.base import collate
 from .files import atomic
-from .hooks.steps import unwrap
 from .visualization.confusion import plot_confusion
 from .visualization.curves import plot_curves
 from .visualization.sheet import prediction_sheet

@@ -35,8 +35,8 @@ def train_and_store(config_path: str, overrides: list[str], seeds: Iterable[int]
     The value is that of the last epoch: the test set chooses nothing.
     """
     from .. import config
+    from ..checkpoint import unwrap
     from ..commands.train import train
-    from ..hooks.steps import unwrap
 
     for seed in seeds:
         words = [*overrides, f"randomness.seed={seed}"]

@@ -6,7 +6,7 @@ import tempfile
 import time
 from itertools import pairwise
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from mmengine.config import Config
@@ -19,9 +19,7 @@ from ..datasets.sampler import EpochSampler
 from ..engine import build_runner
 from ..hooks.cache import cached
 from ..tasks.classify import ImageClassifier
-
-if TYPE_CHECKING:
-    from .speed import Setup
+from .setup import Setup
 
 STEPS = 12
 """Steps per round of the runner's comparison."""

@@ -11,7 +11,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from statistics import median
 from typing import Any
 
@@ -19,41 +19,14 @@ import torch
 from torch import Tensor, nn
 
 from .. import __version__
-from ..backbones.timm_vit import TimmViT
 from ..core.adapted import Adapted
 from ..environment import version
 from ..registry import ADAPTERS
+from .running import cached_epochs, runner_cost
+from .setup import Setup
 from .timing import interleaved, ratio, spread
 
 LORA = {"type": "LoRA", "rank": 8, "targets": ["all-linear"]}
-
-
-@dataclass(frozen=True)
-class Setup:
-    """What is measured.
-
-    Attributes:
-        model: timm name.
-        size: image side in pixels.
-        batch: images per training step.
-        mixed: images, and adapters, of the mixed batch.
-        rounds: measured rounds.
-        device: cpu or cuda.
-    """
-
-    model: str = "vit_small_patch16_224"
-    size: int = 224
-    batch: int = 8
-    mixed: int = 32
-    rounds: int = 9
-    device: str = "cpu"
-
-    def backbone(self) -> TimmViT:
-        torch.manual_seed(0)
-        return TimmViT(self.model).to(self.device)
-
-    def images(self, count: int) -> Tensor:
-        return torch.randn(count, 3, self.size, self.size, device=self.device)
 
 
 def stepper(model: nn.Module, images: Tensor) -> Callable[[], None]:
@@ -195,8 +168,6 @@ def memory(setup: Setup) -> dict[str, float]:
 
 def measure(setup: Setup, methods: list[str]) -> dict[str, Any]:
     """Everything, as one flat object; rows per method under "methods"."""
-    from .running import cached_epochs, runner_cost
-
     found = memory(setup) | training(setup, methods) | inference(setup) | switching(setup)
     found |= cached_epochs(setup) | runner_cost(setup)
     machine = torch.cuda.get_device_name() if setup.device == "cuda" else platform.processor() or platform.machine()

@@ -62,7 +62,8 @@ def run(args: argparse.Namespace) -> int:
 def speed(args: argparse.Namespace) -> int:
     chosen = methods(args.method)
 
-    from ..benchmark.speed import Setup, measure
+    from ..benchmark.setup import Setup
+    from ..benchmark.speed import measure
     from ..files import atomic
 
     setup = Setup(args.model, args.size, args.batch, args.mixed, args.rounds, args.device)

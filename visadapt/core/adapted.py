@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from ..backbones.base import Backbone, Features
 from ..errors import InputError, hint
 from .adapter import Adapter
 from .inject import attach, detach
@@ -18,6 +18,9 @@ from .kinds import SiteModule
 from .merging import Merger
 from .report import TrainableReport, trainable_report
 from .swap import BaseValues
+
+if TYPE_CHECKING:
+    from ..backbones.base import Backbone, Features
 
 
 class Adapted(nn.Module):

@@ -8,11 +8,11 @@ import torch
 from mmengine.hooks import Hook
 from torch.utils.data import DataLoader
 
+from ..checkpoint import unwrap
 from ..datasets.base import collate
 from ..datasets.cached import FeatureDataset
 from ..datasets.sampler import EpochSampler
 from ..errors import InputError
-from .steps import unwrap
 
 
 class CacheFeatures(Hook):

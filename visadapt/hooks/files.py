@@ -14,7 +14,7 @@ from tqdm import tqdm
 from .. import checkpoint
 from ..core.io import save_adapter
 from ..errors import InputError
-from .steps import metric_value, unwrap
+from .steps import metric_value
 
 
 def dataset_card(dataset: Any) -> dict[str, Any]:
@@ -58,7 +58,7 @@ class AdapterFiles(Hook):
     def _write(self, runner, name: str) -> None:
         if runner.rank:
             return
-        task = unwrap(runner.model)
+        task = checkpoint.unwrap(runner.model)
         loop = runner.val_loop or runner.train_loop
         extra = task.card() | dataset_card(loop.dataloader.dataset)
         extra |= {"metrics": self.metrics, "epoch": runner.epoch, "iter": runner.iter, "seed": runner.seed}

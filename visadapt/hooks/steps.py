@@ -8,12 +8,8 @@ import torch
 from mmengine.hooks import Hook
 from torch import Tensor, nn
 
+from ..checkpoint import unwrap
 from ..errors import InputError
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The task inside a distributed wrapper."""
-    return getattr(model, "module", model)
 
 
 class StepSeed(Hook):

@@ -1,0 +1,49 @@
+"""The speed benchmark gives the figures that scripts read, from tiny models here."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from visadapt.benchmark.results import zoo_rows
+from visadapt.benchmark.timing import ratio, spread
+from visadapt.cli import main
+
+ALWAYS = {
+    *("lora_step_over_floor", "full_step_over_floor", "merged_over_base", "mixed_over_base", "switch_ms"),
+    *("cached_epoch_speedup", "runner_over_loop", "machine", "torch", "timm", "visadapt", "step_spread"),
+}
+WITH_PEFT = {"peft_step_over_floor", "lora_peak_over_peft", "peft_mixed_over_base", "peft_switch_ms"}
+
+
+@pytest.mark.peft
+def test_speed_gives_all_figures(capsys, tmp_path):
+    pytest.importorskip("peft")
+    small = ["--model", "test_vit", "--size", "32", "--batch", "2", "--mixed", "2", "--rounds", "1", "--method", "SSF"]
+    assert main(["bench", "speed", *small, "--json", "--out", str(tmp_path / "speed.json")]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert set(found) >= ALWAYS | WITH_PEFT and found["methods"].keys() == {"SSF"}
+    assert all(found[k] > 0 for k in (ALWAYS | WITH_PEFT) if isinstance(found[k], float) and k != "step_spread")
+    assert json.loads((tmp_path / "speed.json").read_text()) == found
+
+
+def test_unknown_method(capsys):
+    assert main(["bench", "speed", "--method", "LoRa"]) == 2
+    assert "LoRA" in capsys.readouterr().err
+
+
+def test_ratios_are_taken_within_rounds():
+    """A machine that slows down to half its speed changes no ratio."""
+    times = {"a": [1.0, 2.0, 2.0], "b": [2.0, 4.0, 4.0], "c": [1.0, 2.0, 2.2]}
+    assert ratio(times, "b", "a") == 2 and spread(times, "c", "a") == 0
+
+
+def test_zoo_rows_join_seeds_and_keep_settings_apart():
+    line = dict(config="configs/x/x_y_task-1.py", overrides=[], version="1", task="task-1", method="M", metric="top1")
+    line |= dict(train_images=5, test_images=6, trainable_params=1000, stored_bytes=2_000_000, seconds=60)
+    results = [line | dict(seed=s, value=v) for s, v in ((0, 0.8), (1, 0.9))]
+    results.append(line | dict(seed=0, value=0.5, overrides=["a=1"]))
+    one, two = zoo_rows(results)
+    assert (one["top-1 %"], one["seeds"], one["file"]) == ("85.0 ± 7.1", "0 1", "2.00 MB")
+    assert two["top-1 %"] == "50.0" and "a=1" in two["command"]

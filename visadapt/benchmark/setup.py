@@ -1,0 +1,38 @@
+"""What the speed benchmark is run on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..backbones.timm_vit import TimmViT
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What is measured.
+
+    Attributes:
+        model: timm name.
+        size: image side in pixels.
+        batch: images per training step.
+        mixed: images, and adapters, of the mixed batch.
+        rounds: measured rounds.
+        device: cpu or cuda.
+    """
+
+    model: str = "vit_small_patch16_224"
+    size: int = 224
+    batch: int = 8
+    mixed: int = 32
+    rounds: int = 9
+    device: str = "cpu"
+
+    def backbone(self) -> TimmViT:
+        torch.manual_seed(0)
+        return TimmViT(self.model).to(self.device)
+
+    def images(self, count: int) -> Tensor:
+        return torch.randn(count, 3, self.size, self.size, device=self.device)
