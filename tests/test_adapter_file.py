@@ -14,9 +14,11 @@ from visadapt.adapters.adaptformer import AdaptFormer
 from visadapt.adapters.full import FullFineTune
 from visadapt.adapters.lora import LoRA
 from visadapt.backbones.timm_vit import TimmViT
+from visadapt.cli import main
 from visadapt.core.adapted import Adapted
 from visadapt.core.io import read_manifest
 from visadapt.heads.linear import LinearHead
+from visadapt.predict.image import Predictor
 
 ARCH = {"depth": 2, "embed_dim": 48, "num_heads": 3, "init_values": 1.0}
 IMAGES = torch.randn(2, 3, 28, 42, generator=torch.Generator().manual_seed(1))
@@ -58,6 +60,18 @@ def test_round_trip_with_head(saved):
     assert report.probe_error == 0 and not report.unexpected
     assert all(not k.startswith("adapters") for k in report.expected_missing) and len(report.expected_missing) > 10
     assert other.load(path).unexpected == ["heads/main/fc.bias", "heads/main/fc.weight"]
+
+
+def test_a_head_of_the_users_own_is_kept_and_said_to_be_unknown(saved, tmp_path, capsys):
+    adapted, head, empty = fresh(), torch.nn.Linear(48, 3), torch.nn.Linear(48, 3)
+    adapted.add("main", LoRA(rank=2))
+    adapted.save(tmp_path / "own.safetensors", heads={"main": head}, extra={"task": {"type": "ImageClassifier"}})
+    adapted.load(tmp_path / "own.safetensors", heads={"main": empty})
+    assert torch.equal(empty.weight, head.weight)
+    assert main(["info", str(tmp_path / "own.safetensors")]) == 0
+    assert "main: Linear(…), 147 parameters" in capsys.readouterr().out
+    with pytest.raises(InputError, match="head Linear, which is no registered one"):
+        Predictor(tmp_path / "own.safetensors")
 
 
 def test_manifest_lists_every_tensor_and_nothing_of_the_base(saved):

@@ -20,10 +20,10 @@ WITH_PEFT = {"peft_step_over_floor", "lora_peak_over_peft", "peft_mixed_over_bas
 @pytest.mark.peft
 def test_speed_gives_all_figures(capsys, tmp_path):
     pytest.importorskip("peft")
-    small = ["--model", "test_vit", "--size", "32", "--batch", "2", "--mixed", "2", "--rounds", "1", "--method", "SSF"]
+    small = ["--model", "test_vit", "--size", "32", "--batch", "2", "--mixed", "2", "--rounds", "1", "--method", "all"]
     assert main(["bench", "speed", *small, "--json", "--out", str(tmp_path / "speed.json")]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert set(found) >= ALWAYS | WITH_PEFT and found["methods"].keys() == {"SSF"}
+    assert set(found) >= ALWAYS | WITH_PEFT and found["methods"].keys() >= {"SSF", "TemporalShift"}
     assert all(found[k] > 0 for k in (ALWAYS | WITH_PEFT) if isinstance(found[k], float) and k != "step_spread")
     assert json.loads((tmp_path / "speed.json").read_text()) == found
 

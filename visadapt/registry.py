@@ -136,6 +136,11 @@ class Registry:
                 raise InputError(f"{self.noun} '{name}' cannot be imported: {error}") from error
         raise InputError(f"unknown {self.noun} '{name}'{hint(name, self.names())}")
 
+    def owns(self, built: Any) -> bool:
+        """True if an object is of a registered class, so that its name and arguments are enough to build it again."""
+        name = type(built).__name__
+        return name in self.names() and self.get(name) is type(built)
+
     def build(self, cfg: Any, **extra: Any) -> Any:
         """Build an object from `dict(type=..., **kwargs)`; what is already built passes through.
 

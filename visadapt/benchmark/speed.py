@@ -30,9 +30,10 @@ LORA = {"type": "LoRA", "rank": 8, "targets": ["all-linear"]}
 
 
 def stepper(model: nn.Module, images: Tensor) -> Callable[[], None]:
-    """One training step: forward, backward, AdamW on what trains."""
+    """One training step: forward, backward, AdamW on what trains; where nothing does, the backward of the input."""
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=1e-4) if trainable else None
+    images = images if trainable else images.clone().requires_grad_()
 
     def step() -> None:
         output = model(images)
@@ -72,7 +73,7 @@ def peft_lora(setup: Setup, count: int = 1) -> nn.Module | None:
 
 def floor_step(setup: Setup) -> Callable[[], None]:
     """Frozen forward and input-gradient-only backward."""
-    return stepper(Adapted(setup.backbone()), setup.images(setup.batch).requires_grad_(True))
+    return stepper(Adapted(setup.backbone()), setup.images(setup.batch))
 
 
 def training(setup: Setup, methods: list[str]) -> dict[str, Any]:

@@ -44,7 +44,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def call(part: dict[str, Any]) -> str:
-    """Type and arguments as they would stand in Python, without those that are None."""
+    """Type and arguments as they would stand in Python, without those that are None; "…" where they are not known."""
+    if part["arguments"] is None:
+        return f"{part['type']}(…)"
     given = {k: v for k, v in part["arguments"].items() if v is not None}
     return f"{part['type']}({', '.join(f'{k}={v!r}' for k, v in given.items())})"
 

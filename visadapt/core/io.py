@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from .. import __version__
 from ..errors import InputError
 from ..files import atomic
-from ..registry import ADAPTERS, arguments_of
+from ..registry import ADAPTERS, HEADS, arguments_of
 from .probe import check_probe, run_probe
 
 if TYPE_CHECKING:
@@ -93,6 +93,12 @@ def adapter_tensors(adapted: Adapted, name: str) -> dict[str, Tensor]:
     return found
 
 
+def _head_entry(head: nn.Module) -> dict[str, Any]:
+    """Type and arguments of a head; None for the arguments where only its owner knows how to build it again."""
+    registered = HEADS.owns(head)
+    return {"type": type(head).__name__, "arguments": arguments_of(head, ("in_dim",)) if registered else None}
+
+
 def save_adapter(
     adapted: Adapted,
     path: str | os.PathLike,
@@ -138,7 +144,7 @@ def save_adapter(
             "arguments": adapted.backbone.arguments(),
             "fingerprint": fingerprint(adapted),
         },
-        "heads": {n: {"type": type(h).__name__, "arguments": arguments_of(h, ("in_dim",))} for n, h in heads.items()},
+        "heads": {n: _head_entry(head) for n, head in heads.items()},
         "tensors": {
             k: {"shape": list(v.shape), "dtype": str(v.dtype).removeprefix("torch.")} for k, v in tensors.items()
         },

@@ -40,7 +40,10 @@ class Predictor:
         backbone = {"type": manifest["backbone"]["type"], **manifest["backbone"]["arguments"]}
         if weights is not None:
             backbone["weights"] = weights
-        head = {"type": manifest["heads"]["main"]["type"], **manifest["heads"]["main"]["arguments"]}
+        head = manifest["heads"]["main"]
+        if head["arguments"] is None:
+            raise InputError(f"{path} has the head {head['type']}, which is no registered one; predict cannot build it")
+        head = {"type": head["type"], **head["arguments"]}
         self.task = TASKS.build({**manifest["task"], "backbone": backbone, "head": head})
         self.report = self.task.adapted.load(path, heads=self.task.heads)
         self.classes: list[str] = manifest["classes"]
