@@ -30,17 +30,19 @@ def main() -> int:
         start = time.perf_counter()
         folder = out / name.lower().replace(" ", "_")
         runner = train(config.load(path, []), str(folder), overwrite=True)
-        best = next(h.best for h in runner.hooks if type(h).__name__ == "AdapterFiles")
-        found[name] = (best, time.perf_counter() - start, folder)
+        top1 = next(h.metrics["top1"] for h in runner.hooks if type(h).__name__ == "AdapterFiles")
+        found[name] = (top1, time.perf_counter() - start, folder)
     backbone = sum(p.numel() for p in runner.model.adapted.backbone.parameters()) * 4
-    print("\n500 held-out scans, DINOv2 ViT-S/14 (fine-tuned for saliency), best epoch:")
+    print("\n500 held-out scans, DINOv2 ViT-S/14 (fine-tuned for saliency), after the last epoch:")
     for name, (accuracy, seconds, folder) in found.items():
-        size = (folder / "adapter_best.safetensors").stat().st_size
+        size = (folder / "adapter_last.safetensors").stat().st_size
         sizes = f"file {size / 1e6:.2f} MB, {backbone / size:,.0f} times smaller than the backbone"
         print(f"  {name:<14} top-1 {accuracy:.3f}   {seconds:5.0f} s   {sizes}")
     folder = found["LoRA"][2]
-    print(f"\nadapter:  {folder / 'adapter_best.safetensors'}")
-    print(f"pictures: {folder / 'predictions.png'}, {folder / 'confusion.png'}, {folder / 'curves.png'}")
+    print(f"\nadapter:  {folder / 'adapter_last.safetensors'}")
+    print(
+        f"pictures of its best epoch: {folder / 'predictions.png'}, {folder / 'confusion.png'}, {folder / 'curves.png'}"
+    )
     return 0
 
 

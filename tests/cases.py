@@ -51,6 +51,7 @@ class Case:
         kit: parity kit that covers it, by the `kit` field of its JSON.
         trains: False for adapters without a single trainable value.
         frames: images per clip.
+        steps: training steps after which every parameter must have had a gradient; more for methods that draw.
         extra: package it needs beyond the required ones.
     """
 
@@ -59,6 +60,7 @@ class Case:
     kit: str | None = None
     trains: bool = True
     frames: int = 1
+    steps: int = 3
     extra: str | None = None
 
     def __str__(self) -> str:

@@ -22,7 +22,7 @@ from visadapt.core.io import read_manifest, read_tensors
 from visadapt.core.sites import select
 from visadapt.errors import InputError
 from visadapt.registry import ADAPTERS
-from visadapt.testing import assert_close, difference, noise, tiny_backbone, trained
+from visadapt.testing import assert_close, difference, noise, progress, tiny_backbone, trained
 
 KINDS = ("delta", "weight", "tokens", "attention", "prompt", "side")
 
@@ -75,7 +75,11 @@ def pairs(case):
         return [pytest.param(Pair(case, "vit"), id=str(case), marks=pytest.mark.skip(reason=reason))]
     marks = [pytest.mark.peft] if case.extra == "peft" else []
     fitting = [pair for pair in (Pair(case, name) for name in TINY) if pair.fits()]
-    return [pytest.param(pair, id=str(pair), marks=marks) for pair in fitting]
+    quick = (fitting[0], fitting[-1]) if fitting else ()  # the plain ViT and the one that is least like it
+    return [
+        pytest.param(pair, id=str(pair), marks=marks if pair in quick else [*marks, pytest.mark.slow])
+        for pair in fitting
+    ]
 
 
 PARAMS = [param for case in CASES for param in pairs(case)]
@@ -95,7 +99,9 @@ def adapt(pair, *names, noisy=True, **changes):
     adapted.ctx.num_frames = pair.case.frames
     for seed, name in enumerate(names):
         torch.manual_seed(seed)
-        adapted.add(name, pair.adapter(**changes), enable=False)
+        adapter = adapted.add(name, pair.adapter(**changes), enable=False)
+        if adapter.calibration is not None:
+            adapted.calibrate(name, [lambda: joined(adapted(images(pair))).square().sum()])
         if noisy:
             perturb(adapted, name, seed)
     adapted.enable(names[0])
@@ -267,7 +273,8 @@ def test_only_adapter_and_head_get_gradients_and_all_of_them_do(pair):
     trainable = model.trainable()
     assert {id(p) for p in model.parameters() if p.requires_grad} == {id(p) for p in trainable.values()}
     sums = dict.fromkeys(trainable, 0.0)
-    for step in range(3):
+    for step in range(pair.case.steps):
+        model.adapted.adapters["a"].on_step(progress(step))
         for label, gradient in gradients(model, images(pair, seed=step)).items():
             sums[label] += gradient.abs().sum().item()
     assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
@@ -424,6 +431,9 @@ def test_two_adapters_switch_stack_and_go(pair):
     assert (difference(a, b) > 1e-3) == pair.case.trains
     if pair.cls.trains_base:
         with pytest.raises(InputError, match="both replace base values"):
+            adapted.enable("a", "b")
+    elif any(p.rebases for p in adapted.pieces("a")):
+        with pytest.raises(InputError, match="both start from the base weight"):
             adapted.enable("a", "b")
     else:
         adapted.enable("a", "b")

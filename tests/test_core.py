@@ -140,8 +140,8 @@ class Mapped(Affine):
     forward = WeightMap.forward
 
 
-def linear_with(*pieces, bias=True):
-    linear = nn.Linear(4, 6, bias=bias).requires_grad_(False)
+def linear_with(*pieces, bias=True, sizes=(4, 6)):
+    linear = nn.Linear(*sizes, bias=bias).requires_grad_(False)
     forward = WeightForward(linear, Context())
     forward.pieces = list(pieces)
     linear.forward = forward
@@ -269,12 +269,21 @@ def test_lowrank_equals_autograd_through_the_merged_weight():
 
 
 def test_lowrank_stores_nothing_but_the_input_and_what_lives_anyway():
-    linear, forward = linear_with(Low(site()), Low(site((1, 3))))
-    x, saved = torch.randn(50, 4, requires_grad=True), []
+    linear, forward = linear_with(Low(site(None, 16, 24)), Low(site((1, 9), 16)), sizes=(16, 24))
+    x, saved = torch.randn(50, 16, requires_grad=True), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         forward(x)
     alive = {t.data_ptr() for t in (x, linear.weight, *(f for p in forward.pieces for f in (p.a, p.b)))}
     assert saved and {t.data_ptr() for t in saved} <= alive
+
+
+def test_factors_that_cost_more_than_the_weight_are_multiplied_out():
+    linear, forward = linear_with(Low(site()))
+    x, saved = torch.randn(50, 4, requires_grad=True), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        y = forward(x)
+    assert any(t.numel() == linear.weight.numel() and t.data_ptr() != linear.weight.data_ptr() for t in saved)
+    assert_close(y.detach(), expected(linear, forward.pieces, x).detach())
 
 
 def test_bias_that_trains_beside_a_low_rank_piece_gets_its_gradient():

@@ -17,6 +17,7 @@ from .checkpoint import unwrap
 from .errors import InputError
 from .hooks.cache import CacheFeatures
 from .hooks.files import Console, MetricsFile
+from .hooks.lifecycle import Calibrate, Lifecycle
 from .hooks.steps import StepSeed
 
 __all__ = ["build_runner", "close", "is_main_process", "unwrap"]
@@ -73,7 +74,7 @@ def build_runner(cfg: Config) -> AdaptRunner:
         InputError: what the parts refuse, e.g. a missing data folder.
     """
     _join_processes(cfg)
-    hooks: list[Any] = [StepSeed(), MetricsFile(), Console(), *cfg.get("custom_hooks", ())]
+    hooks: list[Any] = [StepSeed(), Calibrate(), Lifecycle(), MetricsFile(), Console(), *cfg.get("custom_hooks", ())]
     if cfg.pop("cache_features", False):
         hooks.append(CacheFeatures())
     cfg.pop("custom_hooks", None)

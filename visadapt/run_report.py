@@ -62,8 +62,9 @@ def evaluation_files(task: Any, metric: Any, dataset: Any, folder: Path) -> list
     samples = [s for s in (dataset[i] for i in spaced) if s["valid"]]
     outputs = predict_samples(task, samples)
     names = dataset.classes
-    titles = [f"{names[o['scores'].argmax()]} {o['scores'].max():.0%}" for o in outputs]
     correct = [int(o["scores"].argmax()) == o["label"] for o in outputs]
+    titles = [f"{names[o['scores'].argmax()]} {o['scores'].max():.0%}" for o in outputs]
+    titles = [t if right else f"{t}\ntrue: {names[o['label']]}" for t, o, right in zip(titles, outputs, correct)]
     prediction_sheet([dataset.load(s["index"]) for s in samples], titles, correct, sheet)
     return [report, confusion, sheet]
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .backbones.base import Backbone
 from .core.adapted import Adapted
+from .core.progress import Progress
 from .registry import BACKBONES, ROOT
 
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 5e-3}
@@ -56,6 +57,11 @@ def trained(adapted: Adapted, name: str) -> dict[str, nn.Parameter]:
     in_place = adapted.adapters[name].base_parameters(adapted.backbone)
     found = {f"base {key}": adapted.backbone.body.get_parameter(key) for key in in_place}
     return dict(adapted.adapters[name].named_parameters()) | found
+
+
+def progress(step: int, total: int = 10) -> Progress:
+    """A step of a run of one epoch."""
+    return Progress(step, total, 0, 1, torch.Generator().manual_seed(step))
 
 
 def difference(actual: Tensor, expected: Tensor) -> float:

@@ -9,16 +9,13 @@ from torch.optim import AdamW
 
 from visadapt.adapters.lora import LoRA
 from visadapt.backbones.timm_vit import TimmViT
-from visadapt.datasets.base import collate
-from visadapt.datasets.eurosat import EuroSAT
-from visadapt.datasets.sampler import EpochSampler
 from visadapt.heads.linear import LinearHead
-from visadapt.metrics.classify import ClassificationMetric
 from visadapt.optim.groups import TrainableGroups
 from visadapt.optim.wrapper import AutocastOptimWrapper
 from visadapt.tasks.classify import ImageClassifier
 
 with read_base():
+    from .._base_.eurosat500_112 import *
     from .._base_.runtime import *
 
 model = dict(
@@ -27,30 +24,7 @@ model = dict(
     adapters=dict(main=dict(type=LoRA, rank=8, targets=["all-linear"])),
     head=dict(type=LinearHead, num_classes=10),
 )
-resize = [dict(type="Resize", height=112, width=112)]
-train_dataloader = dict(
-    batch_size=16,
-    num_workers=0,
-    dataset=dict(
-        type=EuroSAT,
-        split="train",
-        list_file="data/lists/eurosat_train500.txt",
-        transform=resize,
-        training=True,
-    ),
-    sampler=dict(type=EpochSampler, shuffle=True),
-    collate_fn=dict(type=collate),
-)
-val_dataloader = dict(
-    batch_size=50,
-    num_workers=0,
-    dataset=dict(type=EuroSAT, split="test", transform=resize),
-    sampler=dict(type=EpochSampler, shuffle=False, round_up=False),
-    collate_fn=dict(type=collate),
-)
-val_evaluator = dict(type=ClassificationMetric)
 train_cfg = dict(by_epoch=True, max_epochs=8)
-val_cfg = dict()
 optim_wrapper = dict(
     type=AutocastOptimWrapper,
     constructor=TrainableGroups,

@@ -19,6 +19,8 @@ from ..registry import ADAPTERS
 class LoRASite(Delta):
     """delta = s B A with A (rank, dim_in) random and B (dim_out, rank) zero at the start."""
 
+    pair = ("a", "b")
+
     def __init__(self, site: Site, rank: int, scaling: float, dropout: float) -> None:
         super().__init__(site)
         if rank > min(site.dim_in, site.dim_out):

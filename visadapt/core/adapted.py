@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError, hint
 from .adapter import Adapter
+from .calibrate import weight_gradients
 from .inject import attach, detach
 from .io import LoadReport, load_adapter, save_adapter
 from .kinds import SiteModule
@@ -82,6 +85,8 @@ class Adapted(nn.Module):
                 if piece.site is not None:
                     attach(piece, self.backbone, self.ctx)
                     attached.append(piece)
+            if enable:
+                self._check_rebases([*(p for p in self.pieces() if p.on), *adapter.pieces.values()])
         except InputError:
             for piece in attached:
                 detach(piece, self.backbone)
@@ -153,11 +158,27 @@ class Adapted(nn.Module):
                 raise InputError(f"adapter '{piece.owner}' has pieces of kind {piece.kind}; they cannot be scaled")
         for name in (n for n in names if factor != 1 and self.adapters[n].trains_base):
             raise InputError(f"adapter '{name}' replaces base values; they cannot be scaled")
+        self._check_rebases(self.pieces(*names) if names else [])
         self.base_values.activate([n for n in names if self.adapters[n].trains_base], self.backbone.body)
         for piece in self.pieces():
             piece.on = piece.owner in names
             if piece.on:
                 piece.scale = factor
+
+    @staticmethod
+    def _check_rebases(pieces: Iterable[SiteModule]) -> None:
+        """Refuse two pieces that both stand for a part of the same base rows."""
+        seen: dict[str, list[SiteModule]] = {}
+        for piece in (p for p in pieces if p.rebases):
+            start, stop = piece.site.rows or (0, math.inf)
+            for other in seen.setdefault(piece.site.path, []):
+                first, last = other.site.rows or (0, math.inf)
+                if start < last and first < stop:
+                    raise InputError(
+                        f"adapters '{other.owner}' and '{piece.owner}' both start from the base weight of "
+                        f"{piece.site.path} and stand for a part of it; enable one of them, or give them other targets"
+                    )
+            seen[piece.site.path].append(piece)
 
     def disabled(self) -> AbstractContextManager[None]:
         """The bare base inside the block; the same adapters as before behind it."""
@@ -232,6 +253,29 @@ class Adapted(nn.Module):
                 parameter.requires_grad_(True)
         for head in heads:
             head.requires_grad_(True)
+
+    def calibrate(self, name: str, losses: Iterable[Callable[[], Tensor]]) -> None:
+        """Give an adapter the start from data that it asks for; nothing happens where it asks for none.
+
+        Args:
+            name: the adapter.
+            losses: one function per batch that runs the model and gives its scalar loss; the first
+                `calibration_batches` of them are used.
+
+        Raises:
+            InputError: an unknown name, or no batches.
+        """
+        self.known([name])
+        adapter = self.adapters[name]
+        if adapter.calibration is not None:
+            sites = [p.site for p in adapter.pieces.values()]
+            batches = islice(losses, adapter.calibration_batches)
+            adapter.calibrate(weight_gradients(self, sites, batches, adapter.calibration))
+
+    def losses(self) -> dict[str, Tensor]:
+        """Regularisers of the enabled adapters, as "loss_<adapter>_<name>"."""
+        enabled = [n for n in self.adapters if self.is_enabled(n)]
+        return {f"loss_{n}_{k}": v for n in enabled for k, v in self.adapters[n].losses().items()}
 
     def trainable_report(self, heads: dict[str, nn.Module] | None = None) -> TrainableReport:
         """What trains, by adapter and head, against the size of the base."""

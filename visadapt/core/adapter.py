@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import InputError
 from ..registry import arguments_of
@@ -14,6 +14,7 @@ from .sites import ROLES, Site, select
 
 if TYPE_CHECKING:
     from ..backbones.base import Backbone
+    from .progress import Progress
 
 
 class Adapter(nn.Module):
@@ -32,6 +33,8 @@ class Adapter(nn.Module):
         identity_at_init: a fresh adapter changes no output.
         trains_base: it trains base values themselves (`base_parameters`).
         zero_grad: roles at which a gradient is zero by the mathematics, e.g. that of the key bias under softmax.
+        calibration: which statistic of `core.calibrate` the start needs, None for a start without data.
+        calibration_batches: training batches that the statistic is averaged over.
     """
 
     kinds: ClassVar[tuple[str, ...]] = ()
@@ -43,6 +46,8 @@ class Adapter(nn.Module):
     identity_at_init: ClassVar[bool] = True
     trains_base: ClassVar[bool] = False
     zero_grad: ClassVar[tuple[str, ...]] = ()
+    calibration: str | None = None
+    calibration_batches: int = 8
 
     def __init__(self, targets: Sequence[str] | None = None, layers: Sequence[int] | None = None) -> None:
         super().__init__()
@@ -82,6 +87,42 @@ class Adapter(nn.Module):
         self.pieces = nn.ModuleDict({key: piece for key, piece in made.items() if piece is not None})
         if sites and not self.pieces:
             raise InputError(f"{who}: it has nothing to do at the {len(sites)} chosen sites; choose other targets")
+
+    def weight(self, site: Site, backbone: Backbone) -> Tensor:
+        """The frozen weight at a linear or convolution site: a copy in float32, (dim_out, weights per output).
+
+        Raises:
+            InputError: a convolution with groups; its weight is no matrix from inputs to outputs.
+        """
+        module = backbone.body.get_submodule(site.path)
+        if getattr(module, "groups", 1) != 1:
+            raise InputError(f"{type(self).__name__}: {site.path} has {module.groups} groups; it takes none")
+        rows = module.weight.detach()[slice(*(site.rows or (None,)))]
+        return rows.float().flatten(1).clone()
+
+    # ---- around training: nothing by default -------------------------------------------------------------------------
+    def calibrate(self, statistic: dict[str, Tensor]) -> None:
+        """Start from data: `statistic` holds (dim_out, weights per output) by site key. Once, before training."""
+
+    def losses(self) -> dict[str, Tensor]:
+        """Regularisers, scalars by name, that are added to the task's loss."""
+        return {}
+
+    def lr_mult(self, name: str) -> float:
+        """Factor on the learning rate of the parameter `name` of this adapter."""
+        return 1.0
+
+    def on_step(self, progress: Progress) -> None:
+        """Before the forward pass of an optimizer step: draws of ranks or routes, schedules."""
+
+    def on_gradients(self, progress: Progress) -> None:
+        """Between the backward pass and the update: gradients are there and may be changed."""
+
+    def on_update(self, progress: Progress) -> None:
+        """After the update: proximal steps, projections, importance from the last gradients."""
+
+    def finalize(self) -> None:
+        """After the last step, before the last file is written: pruning, merging of parts."""
 
     def sides(self) -> list[Side]:
         return [m for m in self.common.values() if isinstance(m, Side)]

@@ -17,6 +17,7 @@ class Context:
         prompts: how many tokens each prompt has between prefix and patches at this moment. By name, so that a block
             that runs again for its gradients counts them once.
         num_frames: frames per clip; images are frame-major within a clip.
+        tasks: (B,) task number per image, None where there is one task only.
         ids: adapter name per image, None for the bare base; None where the batch is not mixed.
         values: free results, keyed "<adapter>.<name>".
     """
@@ -24,10 +25,11 @@ class Context:
     def __init__(self) -> None:
         self.num_frames = 1
         self.ids: list[str | None] | None = None
+        self.tasks: Tensor | None = None
         self.clear()
 
     def clear(self) -> None:
-        """Forget the last image; clip length and routing stay."""
+        """Forget the last image; clip length, routing and tasks stay."""
         self.image: Tensor | None = None
         self.grid: tuple[int, int] = (0, 0)
         self.prefix = 0
@@ -50,7 +52,7 @@ class Context:
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy or pickle carries the settings, not the tensors of the last image."""
-        return {"num_frames": self.num_frames, "ids": self.ids}
+        return {"num_frames": self.num_frames, "ids": self.ids, "tasks": self.tasks}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

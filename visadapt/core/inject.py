@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..errors import InputError
 from .context import Context
 from .kinds import AttnCore, Delta, Prompt, SiteModule, Tokens, WeightMap
-from .lowrank import LowRankLinear, merged_weight
+from .lowrank import LowRankLinear, merged_weight, worth_factoring
 from .routing import routed_forward
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def effective(weight: Tensor, bias: Tensor | None, pieces: list[SiteModule]) -> 
         start, stop = piece.site.rows or (0, weight.shape[0])
         w, b = weight[start:stop], None if bias is None else bias[start:stop]
         if isinstance(piece, Delta):
-            new_w, new_b = w + piece.scale * piece.delta(), b
+            new_w, new_b = w + piece.scale * piece.delta().view(w.shape), b
         else:
             new_w, new_b = piece.map(w, b)
             if piece.scale != 1:
@@ -100,7 +100,8 @@ class WeightForward:
         if y is not None:
             mapped = add_rows(y, piece.scale * (mapped - (y if rows is None else y[..., rows[0] : rows[1]])), rows)
         for delta in pieces[last + 1 :]:
-            mapped = add_rows(mapped, delta.scale * run_with(self.module, x, delta.delta(), None), delta.site.rows)
+            change = delta.delta().view(-1, *self.module.weight.shape[1:])
+            mapped = add_rows(mapped, delta.scale * run_with(self.module, x, change, None), delta.site.rows)
         return mapped
 
     def _by_weight(self, x: Tensor, pieces: list[SiteModule]) -> Tensor:
@@ -110,7 +111,7 @@ class WeightForward:
         frozen = not module.weight.requires_grad and (module.bias is None or not module.bias.requires_grad)
         if isinstance(module, nn.Linear) and frozen:
             low_rank = [p.factors() if isinstance(p, Delta) else None for p in pieces]
-            if all(f is not None for f in low_rank):
+            if all(f is not None for f in low_rank) and worth_factoring(module.weight, low_rank):
                 return self._low_rank(x, pieces, low_rank)
         return run_with(module, x, *effective(module.weight, module.bias, pieces))
 

@@ -87,7 +87,7 @@ def adapter_tensors(adapted: Adapted, name: str) -> dict[str, Tensor]:
     adapter = adapted.adapters[name]
     found = {}
     for key, piece in adapter.pieces.items():
-        found |= {f"adapters/{name}/{key}/{k}": v for k, v in piece.state_dict().items()}
+        found |= {f"adapters/{name}/{key}/{k}": v for k, v in piece.stored().items()}
     found |= {f"adapters/{name}/shared/{k}": v for k, v in adapter.common.state_dict().items()}
     found |= {f"base/{name}/{k}": v for k, v in adapted.base_values.values(name, adapted.backbone.body).items()}
     return found
@@ -251,16 +251,17 @@ def _fill(
     for name in manifest["adapters"]:
         own = adapter_tensors(adapted, name)
         given = {k: v for k, v in tensors.items() if k.startswith((f"adapters/{name}/", f"base/{name}/"))}
-        _copy(given, own, f"{path}, adapter '{name}'")
-        prefix = f"base/{name}/"
-        base = {k.removeprefix(prefix): v for k, v in given.items() if k.startswith(prefix)}
-        adapted.base_values.load(name, base, adapted.backbone.body)
+        _check_fit(given, own, f"{path}, adapter '{name}'")
+        for key, piece in adapted.adapters[name].pieces.items():
+            piece.restore(_below(given, f"adapters/{name}/{key}/"))
+        adapted.adapters[name].common.load_state_dict(_below(given, f"adapters/{name}/shared/"))
+        adapted.base_values.load(name, _below(given, f"base/{name}/"), adapted.backbone.body)
         loaded += given
     for name, head in heads.items():
-        prefix = f"heads/{name}/"
-        given = {k: v for k, v in tensors.items() if k.startswith(prefix)}
-        _copy(given, {prefix + k: v for k, v in head.state_dict().items()}, f"{path}, head '{name}'")
-        loaded += given
+        given = _below(tensors, f"heads/{name}/")
+        _check_fit(given, head.state_dict(), f"{path}, head '{name}'")
+        head.load_state_dict(given)
+        loaded += [f"heads/{name}/{k}" for k in given]
     unexpected = sorted(set(tensors) - set(loaded) - {"probe/output"})
     names = tuple(manifest["adapters"])
     error = check_probe(adapted, names, tensors["probe/output"], path) if probe else None
@@ -283,9 +284,13 @@ def _attach_missing(adapted: Adapted, manifest: dict[str, Any], path: str | os.P
     return missing
 
 
-@torch.no_grad()
-def _copy(given: dict[str, Tensor], own: dict[str, Tensor], where: str) -> None:
-    """Copy values by name; every name and shape must be there on both sides."""
+def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors under a prefix, by the rest of their names."""
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+def _check_fit(given: dict[str, Tensor], own: dict[str, Tensor], where: str) -> None:
+    """Every name and shape must be there on both sides."""
     if missing := sorted(set(own) - set(given)):
         raise InputError(f"{where}: {len(missing)} tensors are missing, first {missing[0]}")
     if extra := sorted(set(given) - set(own)):
@@ -293,5 +298,3 @@ def _copy(given: dict[str, Tensor], own: dict[str, Tensor], where: str) -> None:
     for key, value in given.items():
         if own[key].shape != value.shape:
             raise InputError(f"{where}: {key} is {tuple(value.shape)} in the file and {tuple(own[key].shape)} here")
-    for key, value in given.items():
-        own[key].copy_(value)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import ClassVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -24,11 +25,14 @@ class SiteModule(nn.Module):
         scale: run-time factor on what it changes; 1 is the trained strength.
         random: while `by_forward` says so no weight gives the same, as under dropout; False where `forward` is only
             the cheaper way.
+        rebases: it was made from the base weight and stands for a part of it, so that a second such piece on the same
+            rows would count that part twice.
     """
 
     kind: ClassVar[str]
     folds: ClassVar[bool] = False
     random: bool = True
+    rebases: bool = False
 
     def __init__(self, site: Site | None) -> None:
         super().__init__()
@@ -41,15 +45,32 @@ class SiteModule(nn.Module):
         """True while `forward` must run in place of the merged weight, e.g. under dropout."""
         return False
 
+    def stored(self) -> dict[str, Tensor]:
+        """What an adapter file holds of it; packed forms override this and `restore` together."""
+        return self.state_dict()
+
+    @torch.no_grad()
+    def restore(self, stored: dict[str, Tensor]) -> None:
+        """Take back what `stored` gave; names and shapes are known to fit."""
+        own = self.state_dict()
+        for name, value in stored.items():
+            own[name].copy_(value)
+
 
 class Delta(SiteModule):
-    """y[rows] += x @ delta.T (or the convolution with delta)."""
+    """y[rows] += x @ delta.T (or the convolution with delta).
+
+    Attributes:
+        pair: names of the parameters A (r, in) and B (out, r) of methods that have just these two, for optimizers that
+            treat them as a pair.
+    """
 
     kind = "delta"
     folds = True
+    pair: ClassVar[tuple[str, str] | None] = None
 
     def delta(self) -> Tensor:
-        """(dim_out, dim_in) for linears, the weight's shape for convolutions."""
+        """(dim_out, dim_in) for linears; for convolutions the weight's shape, or flattened to (dim_out, -1)."""
         a, b, scale = self.factors()
         return scale * (b @ a)
 

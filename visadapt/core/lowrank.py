@@ -18,6 +18,11 @@ def merged_weight(weight: Tensor, rows: tuple[Rows, ...], scales: tuple[float, .
     return merged
 
 
+def worth_factoring(weight: Tensor, low_rank: list[tuple[Tensor, Tensor, float]]) -> bool:
+    """True if the backward pass through the factors A (r, i), B (o, r) costs less than the gradient of the weight."""
+    return 2 * sum(a.numel() + b.numel() for a, b, _ in low_rank) <= weight.numel()
+
+
 class LowRankLinear(torch.autograd.Function):
     """y = x (W + sum_i s_i B_i A_i).T + b for a frozen W.
 

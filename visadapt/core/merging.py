@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 TOLERANCE = 1e-4
 """Largest difference of outputs, relative to max(1, |y|), that the check of a merge lets pass."""
 
+HALF_STEPS = 16
+"""The same for outputs in half precision, in units of their last place: the merged weight is rounded to such a unit."""
+
 
 class Merger:
     """Remembers what a merge replaced.
@@ -43,7 +46,8 @@ class Merger:
         before = self._output(adapted, check)
         new = {}
         for path, (forward, pieces) in plan.items():
-            weight, bias = effective(*_upcast(forward.module), pieces)
+            dtype = forward.module.weight.dtype
+            weight, bias = (v if v is None else v.to(dtype) for v in effective(*_upcast(forward.module), pieces))
             if not (weight.isfinite().all() and (bias is None or bias.isfinite().all())):
                 raise InputError(f"merging {names} makes the weight of {path} non-finite; nothing was changed")
             new[path] = (weight, bias)
@@ -53,11 +57,10 @@ class Merger:
         if check is not None:
             after = self._output(adapted, check)
             error = ((after - before).abs() / before.abs().clamp(min=1)).max().item()
-            if not error <= TOLERANCE:
+            allowed = max(TOLERANCE, HALF_STEPS * torch.finfo(before.dtype).eps)
+            if not error <= allowed:
                 self.unmerge(adapted)
-                raise InputError(
-                    f"merged outputs differ by {error:.1e} (allowed {TOLERANCE:.0e}); the merge was undone"
-                )
+                raise InputError(f"merged outputs differ by {error:.1e} (allowed {allowed:.0e}); the merge was undone")
         return len(plan) + sum(len(adapted.base_values.parameters(n, adapted.backbone.body)) for n in names)
 
     def _plan(self, adapted: Adapted, names: list[str]) -> dict[str, tuple[WeightForward, list[SiteModule]]]:
@@ -94,7 +97,7 @@ class Merger:
         self.originals[path] = (module.weight.clone(), None if module.bias is None else module.bias.clone())
         module.weight.copy_(weight)
         if bias is not None and module.bias is None:
-            module.bias = nn.Parameter(bias.to(module.weight.dtype), requires_grad=False)
+            module.bias = nn.Parameter(bias, requires_grad=False)
         elif bias is not None:
             module.bias.copy_(bias)
         self._forwards[path] = (forward, list(forward.pieces))

@@ -17,9 +17,12 @@ class TrainableGroups:
 
     Args:
         optim_wrapper_cfg: the config of the wrapper with its `optimizer`.
-        paramwise_cfg: `layer_decay` d gives parameters at depth k of n the learning rate lr * d ** (n - k);
-            `head_lr_mult` multiplies the heads' rate; `decay_vectors=False` (default True) leaves biases, norms and
-            scales without weight decay.
+        paramwise_cfg: `layer_decay` d in (0, 1] gives block i of n the learning rate lr * d ** (n - i), the stem
+            lr * d ** (n + 1), and what lies beyond the blocks or is shared by sites lr; `head_lr_mult` multiplies the
+            heads' rate; `decay_vectors=False` (default True) leaves biases, norms and scales without weight decay.
+
+    Raises:
+        InputError: an unknown option or a value out of range; when called, no learning rate or nothing that trains.
     """
 
     def __init__(self, optim_wrapper_cfg: dict, paramwise_cfg: dict | None = None) -> None:
@@ -27,50 +30,59 @@ class TrainableGroups:
         for name in self.options:
             if name not in OPTIONS:
                 raise InputError(f"optim_wrapper.paramwise_cfg has no option '{name}'{hint(name, OPTIONS)}")
+        self.decay, self.head_mult = self.options.get("layer_decay", 1.0), self.options.get("head_lr_mult", 1.0)
+        if not 0 < self.decay <= 1:
+            raise InputError(f"optim_wrapper.paramwise_cfg.layer_decay must be in (0, 1], got {self.decay}")
+        if not self.head_mult > 0:
+            raise InputError(f"optim_wrapper.paramwise_cfg.head_lr_mult must be above 0, got {self.head_mult}")
 
     def __call__(self, model: nn.Module) -> OptimWrapper:
         model = getattr(model, "module", model)
-        optimizer = dict(self.wrapper.pop("optimizer"))
-        groups = self.groups(model, optimizer["lr"], optimizer.get("weight_decay"))
+        optimizer = dict(self.wrapper["optimizer"])
+        if "lr" not in optimizer:
+            raise InputError("optim_wrapper.optimizer has no lr; give it one, e.g. lr=1e-3")
+        groups = self.groups(model, optimizer["lr"])
         if not groups:
             raise InputError("nothing trains: the model has no trainable parameter, give it a head or an adapter")
         built = OPTIMIZERS.build({**optimizer, "params": groups})
         return OPTIM_WRAPPERS.build({**self.wrapper, "optimizer": built})
 
-    def groups(self, model: nn.Module, lr: float, weight_decay: float | None) -> list[dict]:
+    def groups(self, model: nn.Module, lr: float) -> list[dict]:
         """Torch parameter groups, one per (learning rate, decay)."""
-        decay, head_mult = self.options.get("layer_decay", 1.0), self.options.get("head_lr_mult", 1.0)
-        depths = _depths(model)
-        deepest = max(depths.values(), default=0)
+        heights, multipliers = _heights(model), _multipliers(model)
         found: dict[tuple[float, bool], list[nn.Parameter]] = {}
         for parameter in model.parameters():
             if not parameter.requires_grad:
                 continue
-            if id(parameter) in depths:
-                factor = decay ** (deepest - depths[id(parameter)])
+            if id(parameter) in heights:
+                factor = self.decay ** heights[id(parameter)]
             else:
-                factor = head_mult
+                factor = self.head_mult
+            factor *= multipliers.get(id(parameter), 1.0)
             decays = parameter.ndim > 1 or self.options.get("decay_vectors", True)
             found.setdefault((factor, decays), []).append(parameter)
         groups = []
         for (factor, decays), parameters in found.items():
-            group = {"params": parameters, "lr": lr * factor}
-            if weight_decay is not None:
-                group["weight_decay"] = weight_decay if decays else 0.0
-            groups.append(group)
+            groups.append({"params": parameters, "lr": lr * factor} | ({} if decays else {"weight_decay": 0.0}))
         return groups
 
 
-def _depths(model: nn.Module) -> dict[int, int]:
-    """Depth by id of every adapter parameter and base parameter; heads are not in it."""
-    depths: dict[int, int] = {}
+def _multipliers(model: nn.Module) -> dict[int, float]:
+    """What adapters ask for their own parameters, by id."""
+    adapters = [a for m in model.modules() if isinstance(m, Adapted) for a in m.adapters.values()]
+    return {id(p): a.lr_mult(n) for a in adapters for n, p in a.named_parameters()}
+
+
+def _heights(model: nn.Module) -> dict[int, int]:
+    """Layers between every adapter or base parameter and the head, by id; heads are not in it."""
+    heights: dict[int, int] = {}
     for adapted in (m for m in model.modules() if isinstance(m, Adapted)):
         backbone = adapted.backbone
+        top = backbone.depth + 1
         for name, parameter in backbone.body.named_parameters():
-            depths[id(parameter)] = backbone.layer_id(name)
+            heights[id(parameter)] = top - backbone.layer_id(name)
         for adapter in adapted.adapters.values():
-            for parameter in adapter.common.parameters():
-                depths[id(parameter)] = backbone.depth + 1
             for piece in adapter.pieces.values():
-                depths |= {id(p): backbone.layer_id(piece.site.path) for p in piece.parameters()}
-    return depths
+                heights |= {id(p): top - backbone.layer_id(piece.site.path) for p in piece.parameters()}
+            heights |= {id(p): 0 for p in adapter.common.parameters()}
+    return heights

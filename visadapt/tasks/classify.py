@@ -129,4 +129,5 @@ class ImageClassifier(BaseModel):
         if self.mix is not None and features is None:
             inputs, target = self.mix(inputs, labels, self.head.num_classes)
         logits = self.head(self.encode(inputs) if features is None else features)
-        return {"loss": self.criterion(logits, target)}
+        loss, regularisers = self.criterion(logits, target), self.adapted.losses()
+        return {"loss_task": loss, **regularisers} if regularisers else {"loss": loss}
