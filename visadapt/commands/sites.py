@@ -1,4 +1,4 @@
-"""Show the sites of a backbone: the places where adapters can be attached."""
+"""Show the sites of a backbone: the places where adapters can be attached; or how large its projections get."""
 
 from __future__ import annotations
 
@@ -18,15 +18,45 @@ COLUMNS = ("key", "role", "layer", "path", "dim_in", "dim_out", "rows", "layout"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("backbone", help="a config file, a timm model name, or 'TimmViT:<model name>'")
+    parser.add_argument("--norms", action="store_true", help="of a config: sizes of q, k, v over sqrt(ln tokens)")
+    parser.add_argument("--adapter", help="with --norms: adapter file to load first")
+    parser.add_argument("--images", type=int, default=8, help="with --norms: training images to look at")
     parser.add_argument("--json", action="store_true", help="print one list of objects")
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.norms:
+        return norms(args)
     found = [{column: getattr(site, column) for column in COLUMNS} for site in build(args.backbone).sites()]
     if args.json:
         print_json(found)
     else:
         print_table(found, COLUMNS)
+    return 0
+
+
+def norms(args: argparse.Namespace) -> int:
+    """The norm check of "Computational Limits of LoRA" on training images of a config."""
+    from ..benchmark.norms import attention_norms
+    from ..config import load
+    from ..datasets.base import collate
+    from ..registry import DATASETS, TASKS
+
+    if not args.backbone.endswith(".py"):
+        raise InputError(f"--norms needs a config with weights and images, got '{args.backbone}'")
+    if args.images < 1:
+        raise InputError(f"--images must be at least 1, got {args.images}")
+    cfg = load(args.backbone)
+    task = TASKS.build(cfg.model).eval()
+    if args.adapter is not None:
+        task.adapted.load(args.adapter, heads=task.heads)
+    dataset = DATASETS.build(cfg.train_dataloader["dataset"])
+    batch = collate([dataset[i] for i in range(min(args.images, len(dataset)))])
+    rows = attention_norms(task.adapted, task.data_preprocessor(batch)["inputs"])
+    if args.json:
+        print_json(rows)
+    else:
+        print_table([{k: f"{v:.3f}" if isinstance(v, float) else v for k, v in r.items()} for r in rows], list(rows[0]))
     return 0
 
 
