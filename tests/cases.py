@@ -29,14 +29,29 @@ TINY: dict[str, dict[str, Any]] = {
         "name": "eva02_tiny_patch14_224",
         "arch": dict(depth=2, embed_dim=48, num_heads=3, img_size=28),
     },
+    "convnext": {
+        "type": "TimmConv",
+        "name": "convnext_tiny",
+        "arch": dict(depths=(1, 1, 1, 1), dims=(16, 24, 32, 48), ls_init_value=1.0),
+    },
+    "resnet": {
+        "type": "TimmConv",
+        "name": "test_resnet",
+        "arch": dict(channels=(8, 8, 4, 16), stem_width=4, avg_down=False),
+    },
 }
-"""Tiny backbones. LayerScale starts at 1: DINOv2's 1e-5 would hide every effect."""
+"""Tiny backbones, the plain ViT first, what is least like it last.
+
+LayerScale starts at 1: DINOv2's 1e-5 would hide every effect.
+"""
 
 CAPABILITIES: dict[str, tuple[str, ...]] = {
     "vit": ("attention", "maps", "prompts", "tokens"),
     "dinov2": ("attention", "maps", "prompts", "tokens"),
     "clip": ("attention", "maps", "prompts", "tokens"),
     "eva02": ("attention", "maps", "tokens"),
+    "convnext": ("maps",),
+    "resnet": ("maps",),
 }
 """What they offer, for readers that build nothing; a test compares it with the backbones."""
 
@@ -71,17 +86,39 @@ class Case:
 CASES = [
     Case("AdaptFormer", dict(width=4)),
     Case("BitFit"),
+    Case("CoLoRA", dict(budget=0.2, targets=("q", "fc2", "patch"))),
     Case("ConvBranch", dict(width=8)),
     Case("Convpass", dict(width=4)),
+    Case("DiffoRA", dict(rank=2, targets=("q", "fc2"))),
+    Case("DyLoRA", dict(rank=3, targets=("q", "fc2")), kit="dylora"),
+    Case("DyLoRA", dict(rank=3, frozen=True, dropout=0.5, targets=("q", "fc2"))),
     Case("FullFineTune"),
     Case("Houlsby", dict(width=4)),
+    Case("IncreLoRA", dict(max_rank=2, warmup=0, interval=1, targets=("q", "fc2")), kit="increlora"),
     Case("LayerNormTuning"),
     Case("LinearProbe", trains=False),
+    Case("LoLDU", dict(rank=8, targets=("q", "fc2", "patch")), kit="loldu"),
     Case("LoRA", dict(rank=2, targets=("all-linear",)), kit="cliplora_mha"),
     Case("LoRA", dict(rank=2, dropout=0.5, scaling="sqrt", targets=("qkv", "fc2"))),
+    Case("LoRASB", dict(rank=2, targets=("q", "fc2", "patch")), kit="lorasb"),
+    Case("LoRAXS", dict(rank=4, targets=("q", "fc2", "patch")), kit="loraxs"),
+    Case("PaCA", dict(rank=2, targets=("q", "fc2", "patch")), kit="paca"),
     Case("PEFT", dict(tuner="HRA", options=dict(r=2)), extra="peft"),
+    Case("PEFT", dict(tuner="LoHa", options=dict(r=2), targets=("layer*.conv*", "down")), extra="peft"),
+    Case("PEFT", dict(tuner="LoRA", options=dict(r=2), targets=("patch", "down")), extra="peft"),
     Case("Pfeiffer", dict(width=4)),
+    Case("RandLoRA", dict(rank=4, targets=("q", "v", "proj", "fc1")), kit="randlora"),
+    Case("SALT", dict(rank=2, targets=("q", "fc2", "patch")), kit="salt"),
+    Case("SALT", dict(scaled=4, rank=2, relu="scaled", targets=("q", "fc2", "patch"))),
+    Case("SHiRA", dict(rank=2, targets=("q", "fc2", "patch")), kit="shira"),
+    Case("SHiRA", dict(rank=2, mask="snip", targets=("v", "proj"))),
+    Case("SNELL", dict(rank=2, targets=("all-linear",)), kit="snell_block"),
+    Case("SNELLA", dict(rank=2, dropout=0.1, drop_path=0.1, targets=("all-linear",)), kit="snella_alloc"),
+    Case("SoRA", dict(rank=3, targets=("q", "fc2")), kit="sora"),
+    Case("SoRA", dict(rank=3, variant="official", penalty=0.1, dropout=0.5, targets=("q", "fc2"))),
+    Case("SSAM", dict(targets=("q", "fc2", "patch")), kit="ssam_svd"),
     Case("SSF"),
+    Case("SVFit", dict(targets=("q", "fc2", "patch"))),
     Case("TemporalShift", trains=False, frames=2),
     Case("VPT", dict(count=3)),
     Case("VPT", dict(count=3, deep=False)),

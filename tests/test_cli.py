@@ -88,7 +88,7 @@ def test_version(capsys):
     [
         ([], "the following arguments are required: COMMAND"),
         (["trian"], "visadapt: error: unknown command 'trian' (did you mean 'train'?)"),
-        (["list", "--nope"], "visadapt list: error: unrecognized arguments: --nope"),
+        (["list", "--nope"], "visadapt: error: unrecognized arguments: --nope; see 'visadapt list --help'\n"),
         (["list", "adaptors"], "invalid choice: 'adaptors'"),
     ],
 )

@@ -57,8 +57,8 @@ class Pair:
     def adapter(self, **changes):
         return ADAPTERS.build({"type": self.case.adapter, **self.case.arguments, **changes})
 
-    def fits(self):
-        backbone, adapter = pristine(self.backbone), self.adapter()
+    def fits(self, **changes):
+        backbone, adapter = pristine(self.backbone), self.adapter(**changes)
         if not adapter.needs <= backbone.capabilities:
             return False
         try:
@@ -140,7 +140,7 @@ class WithHead(nn.Module):
     def __init__(self, adapted):
         super().__init__()
         torch.manual_seed(7)
-        self.adapted, self.head = adapted, nn.Linear(adapted.backbone.embed_dims[-1], 3)
+        self.adapted, self.head = adapted, nn.Linear(adapted.backbone.pooled_dim("native"), 3)
         adapted.set_trainable(*adapted.adapters, heads=[self.head])
 
     def forward(self, x):
@@ -158,6 +158,19 @@ def gradients(model, x):
     model.zero_grad()
     model(x).backward()
     return {k: p.grad.clone() for k, p in model.trainable().items()}
+
+
+def last_block(adapted):
+    path = [site.path for site in adapted.backbone.sites() if site.role == "block"][-1]
+    return adapted.backbone.body.get_submodule(path)
+
+
+def adapted_modules(adapted):
+    """Where adapter "a" reads from the network or trains it; the last block where it does neither."""
+    body, adapter = adapted.backbone.body, adapted.adapters["a"]
+    paths = [s.source or s.path for s in (p.site for p in adapter.pieces.values())]
+    paths += [name.rpartition(".")[0] for name in adapter.base_parameters(adapted.backbone)]
+    return [body.get_submodule(path) for path in dict.fromkeys(paths)] or [last_block(adapted)]
 
 
 def zero_by_mathematics(adapted, label):
@@ -297,7 +310,7 @@ def test_an_optimizer_step_changes_what_trains_and_nothing_else(pair):
 def test_activation_checkpointing_gives_equal_gradients(pair):
     model, x = WithHead(adapt(pair)).train(), images(pair)
     runs = []
-    model.adapted.backbone.body.blocks[-1].register_forward_pre_hook(lambda *_: runs.append(1))
+    last_block(model.adapted).register_forward_pre_hook(lambda *_: runs.append(1))
     torch.manual_seed(3)
     plain = gradients(model, x)
     model.adapted.backbone.body.set_grad_checkpointing(True)
@@ -326,19 +339,18 @@ def test_bfloat16_autocast_keeps_parameters_in_float32(pair):
 
 @every_pair
 def test_nothing_below_the_first_adapted_site_keeps_activations(pair):
-    if not hasattr(pair.adapter(), "layers") or "layers" not in pair.cls.__init__.__annotations__:
-        changes = {}
-    else:
-        changes = dict(layers=[-1])
+    layers = dict(layers=[-1])
+    changes = layers if "layers" in pair.cls.__init__.__annotations__ and pair.fits(**layers) else {}
     adapted = adapt(pair, **changes)
-    model, blocks, kept, seen = WithHead(adapted).train(), adapted.backbone.body.blocks, [], []
+    model, kept, seen = WithHead(adapted).train(), [], []
     adapted.backbone.register_forward_pre_hook(
         lambda *_: kept.clear()
     )  # a side network ran before and may keep its own
-    blocks[-1].register_forward_pre_hook(lambda m, args: seen.append((args[0].requires_grad, len(kept))), prepend=True)
+    for module in adapted_modules(adapted):
+        module.register_forward_pre_hook(lambda m, args: seen.append((args[0].requires_grad, len(kept))), prepend=True)
     with saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         model(images(pair)).backward()
-    assert seen == [(False, 0)]
+    assert seen[0] == (False, 0)
 
 
 # ---- files and copies ------------------------------------------------------------------------------------------------
@@ -348,7 +360,7 @@ def test_saved_and_loaded_into_a_fresh_model_gives_equal_output(pair, tmp_path):
     model.adapted.save(path, "a", heads={"h": model.head})
     fresh = Adapted(copy.deepcopy(pristine(pair.backbone))).eval()
     fresh.ctx.num_frames = pair.case.frames
-    head = nn.Linear(fresh.backbone.embed_dims[-1], 3)
+    head = nn.Linear(fresh.backbone.pooled_dim("native"), 3)
     report = fresh.load(path, heads={"h": head})
     assert torch.equal(outputs(fresh, x), outputs(model.adapted, x))
     assert_same_bits(head, bits(model.head))

@@ -8,7 +8,10 @@ from __future__ import annotations
 import os
 import pickle
 import re
+import warnings
 import zipfile
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,10 @@ from .files import atomic
 
 HISTORY = 256
 """Logged values that are kept per scalar; no smoothing window is longer."""
+
+CONTENT = {"meta": dict, "fingerprint": str, "state_dict": dict, "optimizer": dict, "gradients": dict}
+CONTENT |= {"param_schedulers": list, "log": dict, "hooks": dict}
+"""What a checkpoint holds."""
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -46,8 +53,22 @@ def _plain(value: Any) -> Any:
     return value.item() if hasattr(value, "item") else value
 
 
+def _stateful(runner) -> Iterator[tuple[str, Any]]:
+    """The hooks that have a state, by class name; a second one of a class is numbered."""
+    seen: Counter[str] = Counter()
+    for hook in (h for h in runner.hooks if hasattr(h, "load_state_dict")):
+        name = type(hook).__name__
+        seen[name] += 1
+        yield name if seen[name] == 1 else f"{name}_{seen[name]}", hook
+
+
 def save(runner, path: Path, epoch: int, step: int) -> None:
-    """Write everything that a resumed run needs; the file appears whole or not at all."""
+    """Write everything that a resumed run needs; the file appears whole or not at all.
+
+    While the loss is no number nothing is written: the weights are not worth going on from.
+    """
+    if getattr(runner.optim_wrapper, "bad_steps", 0):
+        return
     model = unwrap(runner.model)
     hub = runner.message_hub
     scalars = {k: tuple([_plain(x) for x in part[-HISTORY:]] for part in v.data) for k, v in hub.log_scalars.items()}
@@ -63,7 +84,7 @@ def save(runner, path: Path, epoch: int, step: int) -> None:
         "gradients": gradients,
         "param_schedulers": [s.state_dict() for s in runner.param_schedulers or ()],
         "log": {"scalars": scalars, "infos": infos},
-        "hooks": {type(h).__name__: h.state_dict() for h in runner.hooks if hasattr(h, "load_state_dict")},
+        "hooks": {name: hook.state_dict() for name, hook in _stateful(runner)},
     }
     with atomic(path) as temporary:
         torch.save(content, temporary)
@@ -73,19 +94,25 @@ def read(path: str | os.PathLike) -> dict[str, Any]:
     """A checkpoint's content.
 
     Raises:
-        InputError: missing, truncated, with code in it, or no checkpoint of a run.
+        InputError: missing, damaged, with code in it, or no checkpoint of a run.
     """
     if not Path(path).is_file():
         raise InputError(f"no checkpoint {path}")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with zipfile.ZipFile(path) as archive:  # what torch.save writes; torch.load leaves its checksums unread
+            if (broken := archive.testzip()) is not None:
+                raise zipfile.BadZipFile(broken)
+        with warnings.catch_warnings(action="ignore"):  # about files that are refused just below
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise InputError(
             f"{path} holds more than tensors and plain values; it may carry code and is not loaded"
         ) from error
-    except (RuntimeError, EOFError, OSError, zipfile.BadZipFile) as error:
-        raise InputError(f"{path} is damaged or cut off and cannot be read") from error
-    if not isinstance(content, dict) or not {"meta", "state_dict", "optimizer", "fingerprint"} <= set(content):
+    except PermissionError as error:
+        raise InputError(f"checkpoint {path} cannot be read: permission denied") from error
+    except Exception as error:  # a damaged file can fail in any way
+        raise InputError(f"{path} is damaged or cut off and cannot be read; name another with --resume FILE") from error
+    if not isinstance(content, dict) or any(not isinstance(content.get(k), kind) for k, kind in CONTENT.items()):
         raise InputError(f"{path} is no checkpoint of a training run; adapter files go to visadapt test or predict")
     return content
 
@@ -100,15 +127,16 @@ def restore(runner, path: Path) -> None:
     """Put a run back to where the checkpoint was written.
 
     Raises:
-        InputError: another base, another model, or another number of processes.
+        InputError: another base, another model, other optimizer settings, or another number of processes.
     """
     content = read(path)
     meta, model = content["meta"], unwrap(runner.model)
     if meta["world_size"] != runner.world_size:
         raise InputError(f"{path} was written by {meta['world_size']} processes, this run has {runner.world_size}")
-    if content["fingerprint"] != fingerprint(_adapted(model)):
+    if content["fingerprint"] != (here := fingerprint(_adapted(model))):
         raise InputError(
-            f"{path} belongs to another base (fingerprint {content['fingerprint'][:12]}); use the same weights"
+            f"{path} was made for the base with fingerprint {content['fingerprint'][:12]}; this backbone has {here[:12]}. "
+            "Load the same base weights"
         )
     state, own = content["state_dict"], trained_state(model)
     different = sorted(set(state) ^ set(own)) or [k for k in own if own[k].shape != state[k].shape]
@@ -122,12 +150,16 @@ def restore(runner, path: Path) -> None:
         runner._randomness_cfg.update(seed=meta["seed"])
         runner.set_randomness(**runner._randomness_cfg)
     runner.train_loop._epoch, runner.train_loop._iter = meta["epoch"], meta["iter"]
-    runner.optim_wrapper.load_state_dict(content["optimizer"])
-    for scheduler, saved in zip(runner.param_schedulers or (), content["param_schedulers"]):
-        scheduler.load_state_dict(saved)
+    schedulers, saved = runner.param_schedulers or (), content["param_schedulers"]
+    try:
+        runner.optim_wrapper.load_state_dict(content["optimizer"])
+        for scheduler, state in zip(schedulers, saved, strict=True):
+            scheduler.load_state_dict(state)
+    except ValueError as error:
+        raise InputError(f"{path} was written with other optimizer settings ({error}); resume with those") from error
     hub = runner.message_hub
     hub.log_scalars.update({k: HistoryBuffer(*v) for k, v in content["log"]["scalars"].items()})
     hub.runtime_info.update(content["log"]["infos"])
-    for hook in runner.hooks:
-        if type(hook).__name__ in content["hooks"]:
-            hook.load_state_dict(content["hooks"][type(hook).__name__], runner)
+    for name, hook in _stateful(runner):
+        if name in content["hooks"]:
+            hook.load_state_dict(content["hooks"][name], runner)

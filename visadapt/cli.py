@@ -9,6 +9,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from typing import NoReturn
 
 from . import __version__
 from .errors import InputError, hint
@@ -27,11 +28,20 @@ COMMANDS = {
     "doctor": "check the installation",
 }
 DONE, BUG, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
+FULL = (errno.ENOSPC, errno.EDQUOT)
+FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
-def _front() -> argparse.ArgumentParser:
+class _Parser(argparse.ArgumentParser):
+    """Tells what is wrong in one line, as everything else does."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(WRONG_INPUT, f"visadapt: error: {message}; see '{self.prog} --help'\n")
+
+
+def _front() -> _Parser:
     """The parser of the first word; each command has one of its own for the rest."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         "visadapt",
         description="Adapt vision foundation models with small adapters.",
         epilog="'visadapt COMMAND --help' shows the arguments of a command.",
@@ -51,12 +61,24 @@ def _parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Nam
 
 def _system_problem(error: OSError, argv: Sequence[str]) -> str | None:
     """One line for a system error that the user can mend, None for one that is a bug."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if error.errno in FORBIDDEN and error.filename is not None:
+        return f"{error.filename}: {os.strerror(error.errno).lower()}"
+    if error.errno in FULL:
         place = f" while writing {error.filename}" if error.filename else ""
         return f"{os.strerror(error.errno).lower()}{place}; free some space and run the command again"
     given = {part for word in argv for part in (word, word.partition("=")[2]) if part}
     if error.filename is not None and str(error.filename) in given:
         return f"{error.filename}: {(error.strerror or str(error)).lower()}"
+    return None
+
+
+def _machine_problem(error: Exception) -> str | None:
+    """One line where the machine is too small for the task, None for a bug."""
+    text = str(error)
+    if isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text:
+        return "out of memory; lower the batch size or the image size, or train fewer layers"
+    if text.startswith("DataLoader worker") and ("killed" in text or "exited unexpectedly" in text):
+        return f"{text.split('.')[0]}; mostly for lack of memory: lower num_workers or the batch size"
     return None
 
 
@@ -70,7 +92,8 @@ def _fail(message: str, debug: bool) -> int:
 def _guarded(command, args: argparse.Namespace, argv: Sequence[str]) -> int:
     try:
         code = command.run(args)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # None where the caller closed it
+            sys.stdout.flush()
         return code
     except InputError as error:
         return _fail(str(error), args.debug)
@@ -85,7 +108,9 @@ def _guarded(command, args: argparse.Namespace, argv: Sequence[str]) -> int:
             return _fail(message, args.debug)
         traceback.print_exc()
         return BUG
-    except Exception:
+    except Exception as error:
+        if (message := _machine_problem(error)) is not None:
+            return _fail(message, args.debug)
         traceback.print_exc()
         return BUG
 
@@ -102,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         front.error(f"unknown command '{argv[0]}'{hint(argv[0], COMMANDS)}")
     name = front.parse_args(argv[:1]).command
     command = importlib.import_module(f".commands.{name}", __package__)
-    parser = argparse.ArgumentParser(f"visadapt {name}", description=command.__doc__)
+    parser = _Parser(f"visadapt {name}", description=command.__doc__)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     command.add_arguments(parser)
     return _guarded(command, _parse(parser, argv[1:]), argv)

@@ -18,16 +18,23 @@ from mmengine.config import Config
 from mmengine.model import MMDistributedDataParallel
 from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop, LogProcessor, Runner, TestLoop, ValLoop
 from mmengine.visualization import Visualizer
+from torch.nn.utils import clip_grad_norm_
 from torch.utils.data import DataLoader
 
 from .errors import InputError, hint
 from .files import atomic
-from .registry import ADAPTERS, BACKBONES, DATASETS, HEADS, LOSSES, METRICS, TASKS
+from .registry import ADAPTERS, BACKBONES, DATASETS, HEADS, LOSSES, METRICS, TASKS, Registry, mistyped_arguments
 
 OWN_KEYS = {"model_wrapper_cfg", "find_unused_parameters", "cache_features"}
 """Top-level keys that are no arguments of mmengine's Runner."""
 
-TOP_KEYS = set(inspect.signature(Runner).parameters) - {"cfg"} | OWN_KEYS
+COMMAND_LINE = {"resume": "--resume", "load_from": "--resume FILE"}
+"""Arguments of the Runner that are set on the command line, by what sets them."""
+
+TOP_KEYS = set(inspect.signature(Runner).parameters) - {"cfg", "log_level"} | OWN_KEYS
+
+COUNTS = ("max_epochs", "max_iters", "val_interval")
+"""Entries of train_cfg that must be 1 or more."""
 
 TOGETHER = (
     ("train_dataloader", "train_cfg", "optim_wrapper"),
@@ -62,6 +69,7 @@ REGISTRIES = {
 
 IMPLICIT = {
     "*_dataloader": DataLoader,
+    "optim_wrapper.clip_grad": clip_grad_norm_,
     "val_cfg": ValLoop,
     "test_cfg": TestLoop,
     "randomness": Runner.set_randomness,
@@ -124,7 +132,9 @@ def _read(path: Path) -> dict[str, Any]:
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
         place = f" (line {lines[-1]})" if lines else ""
         called = type(error) is RuntimeError and not error.args  # how mmengine's lazy imports refuse a call
-        message = "what is imported cannot be called, write dict(type=...)" if called else repr(error)
+        holds_text = isinstance(error, UnicodeError | SyntaxError)  # their repr holds much of the file
+        message = f"{type(error).__name__}: {error}" if holds_text else repr(error)
+        message = "what is imported cannot be called, write dict(type=...)" if called else message
         raise InputError(f"{path} cannot be read as a config{place}: {message}") from error
     if not TOP_KEYS & set(tree):
         raise InputError(f"{path} is no config: it defines neither model nor any other key of a config")
@@ -138,9 +148,18 @@ def _is_read(node: ast.Name) -> bool:
 def _check(tree: dict[str, Any]) -> Iterator[str]:
     """Everything that is wrong with a config; short names of our registries become dotted ones on the way."""
     yield from (f"unknown top-level key '{key}'{hint(key, TOP_KEYS)}" for key in tree if key not in TOP_KEYS)
+    yield from (f"{key} does nothing in a config; use {option}" for key, option in COMMAND_LINE.items() if tree.get(key))
     model = tree.get("model")
     if not isinstance(model, dict) or "type" not in model:
         yield "a config needs model=dict(type=...)"
+    counts = tree["train_cfg"] if isinstance(tree.get("train_cfg"), dict) else {}
+    for key, number in ((k, counts[k]) for k in COUNTS if k in counts):
+        if type(number) is not int or number < 1:
+            yield f"train_cfg.{key} must be a whole number of at least 1, got {number!r}"
+    wrapper = tree.get("optim_wrapper")
+    name = wrapper.get("constructor") if isinstance(wrapper, dict) else None
+    if name is not None and engine.OPTIM_WRAPPER_CONSTRUCTORS.get(str(name)) is None:
+        yield f"optim_wrapper: unknown constructor '{name}'{hint(name, engine.OPTIM_WRAPPER_CONSTRUCTORS.module_dict)}"
     for row in TOGETHER:
         missing = [key for key in row if tree.get(key) is None]
         if missing and len(missing) < len(row):
@@ -160,6 +179,9 @@ def _walk(value: Any, where: str) -> Iterator[str]:
         if target is not None and (accepted := _accepted(target, where)) is not None:
             names = [n for n in value if n != "type" and n not in accepted]
             yield from (f"{where}: {target.__name__} has no argument '{n}'{hint(n, accepted)}" for n in names)
+        if target is not None:
+            given = {n: v for n, v in value.items() if n != "type"}
+            yield from (f"{where}: {problem}" for problem in mistyped_arguments(target, given))
         for key, item in value.items():
             yield from _walk(item, f"{where}.{key}")
     elif isinstance(value, list | tuple):
@@ -183,15 +205,15 @@ def _target(value: dict[str, Any], where: str) -> Any:
         if where == "train_cfg":
             return EpochBasedTrainLoop if value.get("by_epoch") else IterBasedTrainLoop
         return _first(IMPLICIT, where)
-    name = value["type"]
+    name, registry = value["type"], _first(REGISTRIES, where)
     if not isinstance(name, str):
         raise InputError(f"type is a class or its name, got {name!r}")
     if "." in name:
         try:
-            return pkgutil.resolve_name(name)
+            found = pkgutil.resolve_name(name)
         except Exception as error:  # the module is imported here and can fail in any way
             raise InputError(f"type '{name}' cannot be imported: {error}") from error
-    registry = _first(REGISTRIES, where)
+        return registry.check(found) if isinstance(registry, Registry) else found
     if registry is None:
         return None
     found = registry.get(name)

@@ -11,10 +11,11 @@ import torch.distributed as dist
 from mmengine.config import Config
 from mmengine.dist import barrier
 from mmengine.runner import Runner
+from torch import nn
 
 from . import checkpoint
 from .checkpoint import unwrap
-from .errors import InputError
+from .errors import InputError, refusals
 from .hooks.cache import CacheFeatures
 from .hooks.files import Console, MetricsFile
 from .hooks.lifecycle import Calibrate, Lifecycle
@@ -32,6 +33,26 @@ class AdaptRunner(Runner):
     def _log_env(self, env_cfg: dict) -> None:
         """Left out: formatting the config for a log that nobody sees takes a second; see environment.json."""
 
+    def build_train_loop(self, loop: Any) -> Any:
+        with refusals("train_dataloader, train_cfg"):
+            built = super().build_train_loop(loop)
+        check_classes(unwrap(self.model), built.dataloader.dataset, "train_dataloader")
+        return built
+
+    def build_val_loop(self, loop: Any) -> Any:
+        with refusals("val_dataloader, val_cfg"):
+            built = super().build_val_loop(loop)
+        check_classes(unwrap(self.model), built.dataloader.dataset, "val_dataloader")
+        return built
+
+    def build_optim_wrapper(self, optim_wrapper: Any) -> Any:
+        with refusals("optim_wrapper"):
+            return super().build_optim_wrapper(optim_wrapper)
+
+    def build_param_scheduler(self, scheduler: Any) -> Any:
+        with refusals("param_scheduler"):
+            return super().build_param_scheduler(scheduler)
+
     def load_or_resume(self) -> None:
         """Resume from the folder's newest checkpoint (`resume=True`) or from the one in `load_from`."""
         if self._has_loaded or not self._resume:
@@ -40,9 +61,28 @@ class AdaptRunner(Runner):
         if not written:
             print(f"no checkpoint in {self.work_dir} yet: training starts from the beginning", flush=True)
         else:
-            checkpoint.restore(self, written[-1])
+            try:
+                checkpoint.restore(self, written[-1])
+            except (KeyError, AttributeError, TypeError) as error:  # whole, but not what this version writes
+                said = f"{type(error).__name__}: {error}"
+                raise InputError(f"{written[-1]} does not hold what a checkpoint of this version holds ({said})") from error
             print(f"resumed from {written[-1]} at epoch {self.epoch}, step {self.iter}", flush=True)
         self._has_loaded = True
+
+
+def check_classes(task: nn.Module, dataset: Any, where: str) -> None:
+    """Refuse a data set with other classes than the heads have, before training begins.
+
+    A training set may name fewer of them: a list file makes its classes from what occurs in it.
+
+    Raises:
+        InputError: the numbers differ.
+    """
+    classes = getattr(dataset, "classes", ())
+    for head in task.heads.values():
+        count = getattr(head, "num_classes", None)
+        if classes and count is not None and (len(classes) > count or where != "train_dataloader" and len(classes) < count):
+            raise InputError(f"{where}: the data set has {len(classes)} classes, the head has {count}; set num_classes")
 
 
 def is_main_process() -> bool:
@@ -83,7 +123,8 @@ def build_runner(cfg: Config) -> AdaptRunner:
     for loader, loop in loops:
         if cfg.get(loader) is not None and cfg.get(loop) is None:
             raise InputError(f"the config has {loader} and no {loop}")
-    runner = AdaptRunner.from_cfg(cfg)
+    with refusals("the config"):
+        runner = AdaptRunner.from_cfg(cfg)
     runner.register_custom_hooks(hooks)
     return runner
 

@@ -10,12 +10,15 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
+import types
+import typing
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from .errors import InputError, hint
+from .errors import InputError, hint, refusals
 
 ROOT = Path(__file__).parent
 
@@ -136,6 +139,18 @@ class Registry:
                 raise InputError(f"{self.noun} '{name}' cannot be imported: {error}") from error
         raise InputError(f"unknown {self.noun} '{name}'{hint(name, self.names())}")
 
+    def check(self, found: Any) -> Any:
+        """A class as it is, unless it belongs to another registry.
+
+        Raises:
+            InputError: it does; both nouns are told.
+        """
+        for other in ALL:
+            entry = other._source_index.get(getattr(found, "__name__", ""))
+            if other is not self and entry is not None and entry.module == found.__module__:
+                raise InputError(f"{found.__name__} is one of the {other.package}, not of the {self.package}")
+        return found
+
     def owns(self, built: Any) -> bool:
         """True if an object is of a registered class, so that its name and arguments are enough to build it again."""
         name = type(built).__name__
@@ -156,8 +171,8 @@ class Registry:
         kwargs = dict(cfg)
         if "type" not in kwargs:
             raise InputError(f"a {self.noun} is given as dict(type=...), got keys {sorted(kwargs)}")
-        cls = self.get(kwargs.pop("type"))
-        for problem in unknown_arguments(cls, kwargs):
+        cls = self.check(self.get(kwargs.pop("type")))
+        for problem in [*unknown_arguments(cls, kwargs), *mistyped_arguments(cls, kwargs)]:
             raise InputError(problem)
         missing = [
             n
@@ -168,7 +183,8 @@ class Registry:
         ]
         if missing:
             raise InputError(f"{cls.__name__} needs the argument{'s' * (len(missing) > 1)} {', '.join(missing)}")
-        return cls(**kwargs, **extra)
+        with refusals(cls.__name__):
+            return cls(**kwargs, **extra)
 
 
 def unknown_arguments(cls: Any, names) -> list[str]:
@@ -177,6 +193,43 @@ def unknown_arguments(cls: Any, names) -> list[str]:
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return []
     return [f"{cls.__name__} has no argument '{n}'{hint(n, parameters)}" for n in names if n not in parameters]
+
+
+PLAIN = (bool, int, float, str, list, tuple, dict, type(None))
+
+
+def mistyped_arguments(cls: Any, kwargs: Mapping[str, Any]) -> list[str]:
+    """One message for each plain value that the annotations of a class of this package do not allow."""
+    if not cls.__module__.startswith(f"{__package__}."):
+        return []
+    parameters = inspect.signature(cls).parameters
+    try:
+        hints = typing.get_type_hints(cls.__init__ if inspect.isclass(cls) else cls)
+    except NameError:  # a name that is imported for type checkers alone
+        return []
+    return [
+        f"{cls.__name__} takes {name} as {parameters[name].annotation}, got {value!r}"
+        for name, value in kwargs.items()
+        if name in hints and not _fits(value, hints[name])
+    ]
+
+
+def _fits(value: Any, wanted: Any) -> bool:
+    """Whether a plain value is of an annotated type; other values and other sorts of annotations are not judged."""
+    if not isinstance(value, PLAIN):
+        return True
+    origin, inner = typing.get_origin(wanted), typing.get_args(wanted)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, one) for one in inner)
+    if wanted in (int, float):  # True is an int to Python, an int is as good as a float
+        return isinstance(value, wanted | int) and not isinstance(value, bool)
+    if wanted in (bool, str, dict, types.NoneType):
+        return isinstance(value, wanted)
+    if origin is dict:
+        return isinstance(value, dict) and all(_fits(item, inner[1]) for item in value.values())
+    if inspect.isclass(origin) and (issubclass(list, origin) or issubclass(tuple, origin)):
+        return isinstance(value, list | tuple) and (not inner or all(_fits(item, inner[0]) for item in value))
+    return True
 
 
 def arguments_of(built: Any, leave_out: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -194,3 +247,4 @@ LOSSES = Registry("LOSSES", "loss", "losses")
 DATASETS = Registry("DATASETS", "dataset", "datasets")
 TRANSFORMS = Registry("TRANSFORMS", "transform", "transforms")
 METRICS = Registry("METRICS", "metric", "metrics")
+ALL = (ADAPTERS, BACKBONES, HEADS, TASKS, LOSSES, DATASETS, TRANSFORMS, METRICS)

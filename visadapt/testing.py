@@ -41,6 +41,9 @@ def noise(parameters: nn.Module | Iterable[Tensor], std: float = 0.1, seed: int 
 def tiny_backbone(config: dict[str, Any], seed: int = 0) -> Backbone:
     """A backbone in eval mode with random values everywhere: norms, biases and LayerScale too.
 
+    Batch norms have the statistics of random images, as a trained network has those of its data; without them values
+    would grow from layer to layer.
+
     Args:
         config: `dict(type="TimmViT", name=..., arch=dict(depth=2, ...))`.
         seed: of all values; the global random state is left alone.
@@ -49,7 +52,21 @@ def tiny_backbone(config: dict[str, Any], seed: int = 0) -> Backbone:
         torch.manual_seed(seed)
         backbone = BACKBONES.build(config)
     noise(backbone, seed=seed)
-    return backbone.eval()
+    _settle(backbone.eval(), seed)
+    return backbone
+
+
+@torch.no_grad()
+def _settle(backbone: Backbone, seed: int) -> None:
+    """Set the statistics of all batch norms to those of one batch."""
+    norms = [module for module in backbone.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.training, norm.momentum = True, 1.0
+    if norms:
+        side, generator = 2 * backbone.patch, torch.Generator().manual_seed(seed)
+        backbone(torch.randn(4, backbone.in_chans, side, side, generator=generator))
+    for norm in norms:
+        norm.training, norm.momentum = False, 0.1
 
 
 def trained(adapted: Adapted, name: str) -> dict[str, nn.Parameter]:

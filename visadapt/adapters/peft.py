@@ -157,6 +157,7 @@ class PEFTSite(WeightMap):
         if "start_a" in self._buffers:
             w = w - self.layer.scaling[NAME] * (self.start_b @ self.start_a).to(w.dtype)
         base = self.layer.base_layer
+        w, b = w[:], None if b is None else b[:]  # a Parameter would become one of the layer's own
         base.weight, base.bias = w.as_subclass(_Live) if w.requires_grad else w, b
         try:
             if not isinstance(base, nn.Linear):
@@ -196,7 +197,11 @@ class PEFTSite(WeightMap):
 
     @torch.no_grad()
     def is_identity(self, module: nn.Module, w: Tensor, b: Tensor | None) -> bool:
-        """Whether the layer answers a random input as the base does."""
+        """Whether the layer answers a random input as the base does.
+
+        Raises:
+            ArithmeticError: the answer is not finite.
+        """
         size = (w.shape[-1],)
         if isinstance(module, nn.Conv2d):
             size = (module.in_channels, *(2 * k for k in module.kernel_size))
@@ -204,6 +209,8 @@ class PEFTSite(WeightMap):
         self.layer.eval()
         ours, theirs = self.run(x, w, b), run_with(module, x, w, b)
         self.layer.train()
+        if not ours.isfinite().all():
+            raise ArithmeticError("the output is not finite")
         return torch.allclose(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
@@ -281,7 +288,8 @@ class PEFT(Adapter):
         )
         if not square or module.groups > 1 or module.dilation != (1, 1) or module.padding_mode != "zeros":
             raise InputError(
-                f"{who} has groups, dilation, a special padding or a kernel that is not square; PEFT gets those wrong"
+                f"{who} has groups, dilation, a special padding or a kernel that is not square; most tuners get those "
+                "wrong and the bridge takes none of them"
             )
         if self.tuner == "OFT" and module.kernel_size != (1, 1):
             raise InputError(
@@ -298,6 +306,8 @@ class PEFT(Adapter):
         config = self.config(sites)
         with _explained(f"PEFT '{self.tuner}' refuses sites of {', '.join(sizes)}"):
             _peft().get_peft_model(holder, config)
+        if not any(p.requires_grad for p in holder.parameters()):
+            raise InputError(f"PEFT '{self.tuner}': with the options {self.options} nothing of it trains")
         self._layers = dict(holder.items())
         return _take_common(list(self._layers.values()))
 
@@ -311,6 +321,7 @@ class PEFT(Adapter):
             raise InputError(f"PEFT '{self.tuner}': these options rewrite base weights; the base has to stay as it is")
         if moved:
             piece.start_below()
-        if not piece.is_identity(module, weight, bias):
-            self.identity_at_init = False
+        with _explained(f"PEFT '{self.tuner}' with the options {self.options} fails at {site.path}"):
+            if not piece.is_identity(module, weight, bias):
+                self.identity_at_init = False
         return piece

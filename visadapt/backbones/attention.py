@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from timm.layers import apply_rot_embed_cat
+from timm.layers import Attention, AttentionRope, apply_rot_embed_cat
 from timm.layers.attention import resolve_self_attn_mask
+from timm.models.eva import EvaAttention
 from torch import Tensor, cat, nn
 
 from ..errors import InputError
@@ -29,9 +30,9 @@ class TimmAttentionView:
             qkv = m.qkv(x)
             if getattr(m, "q_bias", None) is not None:
                 qkv = qkv + cat((m.q_bias, m.k_bias, m.v_bias))
-            q, k, v = qkv.view(b, n, 3, m.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+            q, k, v = qkv.reshape(b, n, 3, m.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
         else:
-            q, k, v = (p(x).view(b, n, -1, m.head_dim).transpose(1, 2) for p in (m.q_proj, m.k_proj, m.v_proj))
+            q, k, v = (p(x).reshape(b, n, -1, m.head_dim).transpose(1, 2) for p in (m.q_proj, m.k_proj, m.v_proj))
         q, k = m.q_norm(q), m.k_norm(k)
         if rope is not None:
             q, k = self._rotate(q, rope).type_as(v), self._rotate(k, rope).type_as(v)
@@ -53,12 +54,17 @@ class TimmAttentionView:
         return m.proj_drop(m.proj(y))
 
 
+def has_attention_view(module: nn.Module) -> bool:
+    """Whether the core of an attention is one softmax, as the view says; not so in differential attention."""
+    return type(module) in (Attention, AttentionRope, EvaAttention)
+
+
 def timm_attention_view(module: nn.Module, path: str) -> TimmAttentionView:
     """A view of `module`.
 
     Raises:
         InputError: the attention is built in a way the view does not know.
     """
-    if not all(hasattr(module, n) for n in ("num_heads", "q_norm", "k_norm", "proj", "norm", "head_dim")):
+    if not has_attention_view(module):
         raise InputError(f"{path}: no attention view for {type(module).__module__}.{type(module).__name__}")
     return TimmAttentionView(module)

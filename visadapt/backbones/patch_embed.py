@@ -1,17 +1,24 @@
-"""Patch embeddings for other bands than red, green and blue."""
+"""First convolutions for other bands than red, green and blue."""
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import InputError, hint
 
 BAND_MODES = ("repeat", "mean", "zero")
 
 
+def first_conv(model: nn.Module) -> str:
+    """Path of the convolution that reads the image: the patch embedding of a transformer, the stem of a network of
+    convolutions.
+    """
+    return next(name for name, module in model.named_modules() if isinstance(module, nn.Conv2d))
+
+
 def expand_patch_embed(weight: Tensor, in_chans: int, mode: str = "repeat") -> Tensor:
-    """The weight of an RGB patch embedding for images of `in_chans` bands.
+    """The weight of an RGB patch embedding, or another first convolution, for images of `in_chans` bands.
 
     With "repeat" and "mean" an image whose bands are all equal gives what the same grey image gave as RGB, for every
     number of bands; for one band both are the sum over RGB.

@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
+from textwrap import shorten
 from typing import Any
 
 import timm
 import torch.nn.functional as F
-from timm.models.eva import Eva
-from timm.models.vision_transformer import VisionTransformer
+from timm.layers import PatchEmbed
+from timm.models.eva import Eva, EvaBlockPostNorm
+from timm.models.vision_transformer import ResPostBlock, VisionTransformer
 from torch import Tensor, nn
 
 from ..core.sites import Site
 from ..errors import InputError, hint
 from ..registry import BACKBONES
-from .attention import TimmAttentionView, timm_attention_view
+from .attention import TimmAttentionView, has_attention_view, timm_attention_view
 from .base import Backbone, Features
-from .patch_embed import expand_patch_embed
+from .patch_embed import BAND_MODES, expand_patch_embed
 from .weights import is_local, load_weights
+
+MODULES = ("vision_transformer", "deit", "eva")
+"""Files of timm with plain vision transformers."""
+
+MISTAKES = (TypeError, ValueError, AssertionError, ArithmeticError, LookupError, RuntimeError, OSError)
+"""What timm and torch raise for arguments that make no sense and for weights that cannot be had."""
 
 
 @BACKBONES.register_module()
@@ -33,7 +42,8 @@ class TimmViT(Backbone):
             and CLIP layouts are recognised), or "dinov2_vits14_focus", the offline ViT-S/14 of the `weights` extra.
         in_chans: bands of the input.
         bands: how the patch embedding is widened to other bands: repeat, mean or zero.
-        out_indices: blocks whose feature maps are given, negative from the end; none by default.
+        out_indices: blocks whose feature maps are given, shallow to deep, negative from the end; none by default. Maps
+            are the blocks' outputs, before the final norm.
         mean: per band on the 0..255 scale; the model's own, repeated over the bands, where None.
         std: likewise.
         arch: constructor arguments of timm that change the architecture, e.g. dict(depth=2, embed_dim=48).
@@ -51,6 +61,10 @@ class TimmViT(Backbone):
         arch: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
+        if not isinstance(in_chans, int) or in_chans < 1:
+            raise InputError(f"TimmViT: in_chans must be a whole number of at least 1, got {in_chans!r}")
+        if bands not in BAND_MODES:
+            raise InputError(f"TimmViT: unknown bands '{bands}'{hint(bands, BAND_MODES)}")
         self.name, self.weights, self.in_chans, self.bands = name, weights, in_chans, bands
         self.arch = dict(arch or {})
         local = weights is None or is_local(weights)
@@ -61,17 +75,18 @@ class TimmViT(Backbone):
             self._widen()
         body = self.body
         self.depth, self.prefix = len(body.blocks), body.num_prefix_tokens
-        self.out_indices = tuple(self._level(i) for i in out_indices)
-        self.embed_dims = [body.embed_dim]
+        self.out_indices = self._levels(out_indices)
+        self.embed_dims = [body.embed_dim] * max(1, len(self.out_indices))
         self.patch = body.patch_embed.patch_size[0]
         self.mean, self.std = (self._statistic(key, given) for key, given in (("mean", mean), ("std", std)))
+        viewed = all(has_attention_view(block.attn) for block in body.blocks)
         rotary = getattr(body, "rope", None) is not None
-        self.capabilities = frozenset({"tokens", "attention", "maps"} | (set() if rotary else {"prompts"}))
+        self.capabilities = frozenset({"tokens", "maps", *["attention"] * viewed, *["prompts"] * (not rotary)})
 
     def _create(self, in_chans: int) -> nn.Module:
         base, _, tag = self.name.partition(".")
         if not timm.is_model(base):
-            raise InputError(f"timm has no model '{base}'{hint(base, timm.list_models(module='vision_transformer'))}")
+            raise InputError(f"timm has no model '{base}'{hint(base, _plain_models())}")
         remote = self.weights is not None and not is_local(self.weights)
         if remote and not (self.weights == "timm" or self.weights.startswith("timm:")):
             raise InputError(
@@ -88,19 +103,17 @@ class TimmViT(Backbone):
                 dynamic_img_size=True,
                 **self.arch,
             )
-        except TypeError as error:
-            raise InputError(f"TimmViT('{self.name}') cannot be built: {error}") from error
-        except (OSError, RuntimeError) as error:
-            if not remote:
-                raise
-            raise InputError(f"weights of '{self.name}' could not be fetched by timm ({error}); give a file") from error
-        if not isinstance(body, VisionTransformer | Eva):
-            raise InputError(f"'{self.name}' is a {type(body).__name__}; TimmViT takes plain vision transformers")
+        except MISTAKES as error:
+            reason = shorten(str(error), 200).rstrip(".") or type(error).__name__
+            if remote and isinstance(error, OSError):
+                message = f"weights of '{self.name}' could not be fetched by timm ({reason}); give a file"
+            elif isinstance(error, TypeError) and base not in _plain_models():  # it takes no dynamic_img_size
+                message = f"'{self.name}' is none of the plain vision transformers that TimmViT takes ({reason})"
+            else:
+                message = f"TimmViT('{self.name}', weights={self.weights!r}) cannot be built: {reason}; see also arch"
+            raise InputError(message) from error
+        _require_plain(self.name, body)
         for block in body.blocks:
-            if not hasattr(block, "drop_path1") or not hasattr(block, "attn"):
-                raise InputError(
-                    f"'{self.name}' has {type(block).__name__}s; TimmViT knows blocks of attention and MLP in turn"
-                )
             if getattr(block.attn, "q_bias", None) is not None:
                 block.attn.qkv_bias_separate = True  # or EVA reads qkv.weight itself and the linear is never called
         return body
@@ -113,16 +126,24 @@ class TimmViT(Backbone):
             new.bias = old.bias
         self.body.patch_embed.proj = new
 
-    def _level(self, index: int) -> int:
-        if not -self.depth <= index < self.depth:
-            raise InputError(f"TimmViT: out_indices has {index}; '{self.name}' has the blocks 0 to {self.depth - 1}")
-        return index % self.depth
+    def _levels(self, indices: Sequence[int]) -> tuple[int, ...]:
+        for index in indices:
+            if not -self.depth <= index < self.depth:
+                raise InputError(
+                    f"TimmViT: out_indices has {index}; '{self.name}' has the blocks 0 to {self.depth - 1}"
+                )
+        levels = tuple(index % self.depth for index in indices)
+        if list(levels) != sorted(set(levels)):
+            raise InputError(f"TimmViT: out_indices must name each block once, shallow to deep, got {list(indices)}")
+        return levels
 
     def _statistic(self, key: str, given: Sequence[float] | None) -> tuple[float, ...]:
         own = self.body.pretrained_cfg.get(key) or (0.5, 0.5, 0.5)
         values = tuple(given) if given is not None else tuple(255 * own[i % 3] for i in range(self.in_chans))
         if len(values) != self.in_chans:
             raise InputError(f"TimmViT: {key} has {len(values)} values for {self.in_chans} bands")
+        if not all(math.isfinite(v) for v in values) or (key == "std" and min(values) <= 0):
+            raise InputError(f"TimmViT: {key} must be finite{' and above 0' * (key == 'std')}, got {list(values)}")
         return values
 
     def sites(self) -> list[Site]:
@@ -151,11 +172,10 @@ class TimmViT(Backbone):
             for role in "qkv":
                 yield from linear(f"attn.{role}_proj", role)
         yield from linear("attn.proj", "proj")
-        names = {"fc1": "fc1", "fc2": "fc2", "fc1_x": "fc1", "fc1_g": "gate", "w1": "gate", "w2": "fc1", "w3": "fc2"}
-        for name, role in names.items():
+        for name, role in {"fc1": "fc1", "fc1_x": "fc1", "fc1_g": "gate", "fc2": "fc2"}.items():
             if isinstance(getattr(block.mlp, name, None), nn.Linear):
                 yield from linear(f"mlp.{name}", role)
-        post = type(block).__name__.endswith("PostBlock") or getattr(block, "norm_first", True) is False
+        post = isinstance(block, ResPostBlock | EvaBlockPostNorm)
         for n, sub in ((1, "attn"), (2, "mlp")):
             yield Site(f"{path}.{sub}", sub, i, d, d)
             source = f"{path}.{sub}" if post else f"{path}.norm{n}"
@@ -170,7 +190,7 @@ class TimmViT(Backbone):
     def layer_id(self, name: str) -> int:
         if name.startswith("blocks."):
             return int(name.split(".")[1]) + 1
-        return self.depth + 1 if name.startswith(("norm", "fc_norm", "head", "attn_pool")) else 0
+        return self.depth + 1 if name.split(".")[0] in ("norm", "fc_norm", "head", "attn_pool") else 0
 
     def grid(self, x: Tensor) -> tuple[int, int]:
         """Patch rows and columns of a batch (B, C, H, W) after padding."""
@@ -205,3 +225,29 @@ class TimmViT(Backbone):
     def _without_prompts(self, x: Tensor, count: int) -> Tensor:
         keep = list(range(self.prefix)) + list(range(self.prefix + count, x.shape[1]))
         return x[:, keep]
+
+
+def _plain_models() -> list[str]:
+    return [name for module in MODULES for name in timm.list_models(module=module)]
+
+
+def _require_plain(name: str, body: nn.Module) -> None:
+    """Refuse what is built in another way than sites, grid and features say."""
+    if not isinstance(body, VisionTransformer | Eva):
+        raise InputError(f"'{name}' is a {type(body).__name__}; TimmViT takes plain vision transformers")
+    embed = body.patch_embed
+    if not isinstance(embed, PatchEmbed):
+        raise InputError(
+            f"'{name}' has a {type(embed).__name__} before its blocks; TimmViT takes one patch convolution"
+        )
+    rows, cols = embed.patch_size
+    if rows != cols or min(embed.grid_size) < 1:
+        raise InputError(
+            f"'{name}' has patches of {rows}x{cols} in images of {embed.img_size[0]}x{embed.img_size[1]}; TimmViT takes"
+            " square patches and at least one per image"
+        )
+    for block in body.blocks:
+        if not hasattr(block, "drop_path1") or not hasattr(block, "attn"):
+            raise InputError(f"'{name}' has {type(block).__name__}s; TimmViT knows blocks of attention and MLP in turn")
+    if not body.global_pool:
+        raise InputError(f"'{name}' has no pooling and so no vector per image; set global_pool in arch, e.g. to 'avg'")

@@ -1,4 +1,4 @@
-"""Weights from a file, or from the offline model of the `weights` extra, into a vision transformer of timm."""
+"""Weights from a file, or from the offline model of the `weights` extra, into a model of timm."""
 
 from __future__ import annotations
 
@@ -20,12 +20,13 @@ from ..convert import convert
 from ..convert.focus_onnx import focus_path, read_focus
 from ..convert.keymap import State, listed
 from ..errors import InputError
-from .patch_embed import expand_patch_embed
+from .patch_embed import expand_patch_embed, first_conv
 
 FOCUS = "dinov2_vits14_focus"
 SUFFIXES = (".safetensors", ".pth", ".pt")
-HEAD = ("head.", "head_dist.", "fc_norm.", "pre_logits.")
-PATCH = "patch_embed.proj.weight"
+HEAD = ("head.", "head_dist.", "fc.", "fc_norm.", "pre_logits.")
+COUNTER = "num_batches_tracked"
+"""Of batch norms; old files lack it, and only training with a momentum of None reads it."""
 
 
 @dataclass(frozen=True)
@@ -37,9 +38,9 @@ class WeightReport:
         layout: published layout that was recognised.
         loaded: number of tensors.
         dropped: names of the file that have no place in the model.
-        missing: names of the model's classifier that the file lacks; they keep their values.
+        missing: names of the model's classifier, or of the norm before it, that the file lacks; they keep their values.
         positions: (rows, columns) of the position embedding in the file and in the model, None where it fitted.
-        bands: how the patch embedding was widened, None where it fitted.
+        bands: how the first convolution was widened, None where it fitted.
     """
 
     source: str
@@ -55,7 +56,7 @@ class WeightReport:
         if self.positions:
             parts.append("positions resampled from {}x{} to {}x{}".format(*self.positions[0], *self.positions[1]))
         if self.bands:
-            parts.append(f"patch embedding widened by '{self.bands}'")
+            parts.append(f"first convolution widened by '{self.bands}'")
         if self.dropped:
             parts.append(f"left out {listed(self.dropped)}")
         if self.missing:
@@ -70,7 +71,7 @@ def is_local(source: str) -> bool:
 
 
 def load_weights(model: nn.Module, source: str, bands: str = "repeat") -> WeightReport:
-    """Fill a timm VisionTransformer (or Eva); it is left as it was where this fails.
+    """Fill a model of timm; it is left as it was where this fails.
 
     Args:
         model: the network; its classifier is filled where the file has one of the same size.
@@ -86,7 +87,7 @@ def load_weights(model: nn.Module, source: str, bands: str = "repeat") -> Weight
         dropped = [*converted.dropped, *_drop_head(state, wanted)]
         missing = _check_names(state, wanted)
         positions = _fit_positions(state, model)
-        widened = _fit_bands(state, wanted, bands)
+        widened = _fit_bands(state, wanted, f"{first_conv(model)}.weight", bands)
         _check_shapes(state, wanted)
     except InputError as error:
         raise InputError(f"weights '{source}': {error}") from error
@@ -136,7 +137,7 @@ def _drop_head(state: State, wanted: State) -> list[str]:
 
 def _check_names(state: State, wanted: State) -> list[str]:
     """Names of the model's classifier that are missing; any other difference is an error."""
-    missing = [k for k in wanted if k not in state]
+    missing = [k for k in wanted if k not in state and not k.endswith(COUNTER)]
     wrong = [k for k in missing if not k.startswith(HEAD)]
     surplus = [k for k in state if k not in wanted]
     if wrong or surplus:
@@ -157,9 +158,10 @@ def _check_shapes(state: State, wanted: State) -> None:
 
 def _fit_positions(state: State, model: nn.Module) -> tuple[tuple[int, int], tuple[int, int]] | None:
     """Resample the position embedding to the model's grid; gives the grids if it was."""
-    pos, grid = state.get("pos_embed"), tuple(model.patch_embed.grid_size)
+    pos = state.get("pos_embed")
     if pos is None or pos.ndim != 3:
         return None
+    grid = tuple(model.patch_embed.grid_size)
     prefix = 0 if model.no_embed_class else model.num_prefix_tokens
     count = pos.shape[1] - prefix
     side = math.isqrt(max(count, 0))
@@ -182,12 +184,12 @@ def _fit_positions(state: State, model: nn.Module) -> tuple[tuple[int, int], tup
     return (side, side), grid
 
 
-def _fit_bands(state: State, wanted: State, mode: str) -> str | None:
-    """Widen the patch embedding to the model's bands; gives the mode if it was."""
-    have, need = state[PATCH].shape[1], wanted[PATCH].shape[1]
-    if have == need or state[PATCH].ndim != 4:
+def _fit_bands(state: State, wanted: State, key: str, mode: str) -> str | None:
+    """Widen the first convolution to the model's bands; gives the mode if it was."""
+    have, need = state[key].shape[1], wanted[key].shape[1]
+    if have == need or state[key].ndim != 4:
         return None
     if have != 3:
         raise InputError(f"made for {have} bands, the model takes {need}; set in_chans={have}")
-    state[PATCH] = expand_patch_embed(state[PATCH], need, mode)
+    state[key] = expand_patch_embed(state[key], need, mode)
     return mode

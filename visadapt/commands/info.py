@@ -19,10 +19,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..core.io import read_manifest
+    from ..core.io import read_manifest, read_tensors
 
     path = Path(args.file)
     manifest = read_manifest(path)
+    read_tensors(path, manifest)  # what is shown has the right checksum
     if args.json:
         print_json({"file": str(path), "bytes": path.stat().st_size, **manifest})
         return 0

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import json
-import shutil
+import copy
 from pathlib import Path
-
-from ..errors import InputError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,20 +26,6 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def prepare_folder(folder: Path, resume: str | None, overwrite: bool) -> None:
-    """Make the run folder; an earlier run in it is neither mixed with the new one nor lost by accident.
-
-    Raises:
-        InputError: the folder holds a run, and neither resume nor overwrite was asked for.
-    """
-    used = folder.is_dir() and any((folder / n).exists() for n in ("metrics.jsonl", "config.py"))
-    if used and overwrite and not resume:
-        shutil.rmtree(folder)
-    elif used and not resume:
-        raise InputError(f"{folder} holds an earlier run; --resume goes on with it, --overwrite replaces it")
-    folder.mkdir(parents=True, exist_ok=True)
-
-
 def train(cfg, work_dir: str | None = None, resume: str | None = None, overwrite: bool = False):
     """Run a checked config to its end.
 
@@ -55,16 +38,17 @@ def train(cfg, work_dir: str | None = None, resume: str | None = None, overwrite
     Returns:
         The runner.
     """
-    from .. import config, engine
-    from ..environment import environment
+    from .. import engine
+    from ..run_folder import RunFolder, claim, keep_schedule
     from ..run_report import write_report
 
     folder = Path(work_dir or cfg.get("work_dir") or Path("work_dirs") / Path(cfg.filename).stem)
     main_process = engine.is_main_process()
     if main_process:
-        prepare_folder(folder, resume, overwrite)
-        config.dump(cfg, folder / "config.py")
-        (folder / "environment.json").write_text(json.dumps(environment(), indent=1))
+        claim(folder, resume is not None, overwrite)
+    if resume is not None:
+        keep_schedule(cfg, folder if resume == "auto" else Path(resume).parent)
+    written = RunFolder(copy.deepcopy(cfg), overwrite and resume is None)  # building takes entries out
     cfg.work_dir = str(folder)
     cfg.resume = resume is not None
     if resume not in (None, "auto"):
@@ -73,6 +57,7 @@ def train(cfg, work_dir: str | None = None, resume: str | None = None, overwrite
         runner = engine.build_runner(cfg)
         task = engine.unwrap(runner.model)
         if main_process:
+            runner.register_hook(written)
             print(task.adapted.trainable_report(task.heads), flush=True)
         runner.train()
         if main_process:

@@ -1,4 +1,4 @@
-"""Checkpoints of published models in the layout of timm's vision transformers: one file per published layout."""
+"""Checkpoints of published models in the layout of timm's models: one file per published layout."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import InputError
-from . import clip, dinov2, dinov2_hf, timm
+from . import clip, convnext, dinov2, dinov2_hf, timm
 from .keymap import KeyMap, State, listed
 
-LAYOUTS: tuple[KeyMap, ...] = (clip.MAP, dinov2_hf.MAP, dinov2.MAP, timm.MAP)  # the plainest last: first match counts
+# the plainest last: first match counts
+LAYOUTS: tuple[KeyMap, ...] = (clip.MAP, convnext.MAP, dinov2_hf.MAP, dinov2.MAP, timm.MAP)
 WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model", "teacher")  # averaged weights first, as timm does
 PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.", "dinov2.", "dinov2_with_registers.")
 
@@ -33,7 +34,7 @@ class Converted:
 
 
 def convert(checkpoint: Mapping[str, Any], model: nn.Module) -> Converted:
-    """A published checkpoint in the layout of `model`, a timm vision transformer, which is only looked at.
+    """A published checkpoint in the layout of `model`, a model of timm, which is only looked at.
 
     Args:
         checkpoint: a state dict, or a training checkpoint that holds one under a usual name.

@@ -16,8 +16,12 @@ from .sites import Site
 if TYPE_CHECKING:
     from .adapted import Adapted
 
-STATISTICS = ("gradient", "absolute gradient")
-"""What can be averaged over batches: the gradient of the base weight, or its absolute value."""
+STATISTICS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "gradient": lambda weight, gradient: gradient,
+    "absolute gradient": lambda weight, gradient: gradient.abs(),
+    "saliency": lambda weight, gradient: (weight * gradient).abs(),
+}
+"""What can be averaged over batches, of the base weight and the gradient with respect to it."""
 
 
 def weight_gradients(
@@ -46,20 +50,22 @@ def weight_gradients(
             weight.requires_grad_(True)
         with evaluating(adapted), adapted.only(), torch.enable_grad():
             for loss in losses:
-                for total, gradient in zip(totals.values(), torch.autograd.grad(loss(), list(weights.values()))):
-                    total += gradient.abs() if statistic == "absolute gradient" else gradient
+                gradients = torch.autograd.grad(loss(), list(weights.values()))
+                for total, weight, gradient in zip(totals.values(), weights.values(), gradients):
+                    total += STATISTICS[statistic](weight.detach(), gradient)
                 count += 1
     finally:
         for path, weight in weights.items():
             weight.requires_grad_(before[path])
     if not count:
         raise InputError("a start from gradients needs at least one batch of training data")
-    return {s.key: _mean(totals[s.path], count)[slice(*(s.rows or (None,)))].flatten(1) for s in sites}
+    means = {path: mean_over_processes(total / count) for path, total in totals.items()}
+    return {s.key: means[s.path][slice(*(s.rows or (None,)))].flatten(1) for s in sites}
 
 
-def _mean(total: Tensor, count: int) -> Tensor:
-    mean = total / count
+def mean_over_processes(value: Tensor) -> Tensor:
+    """Mean of a tensor over the processes of a distributed run, in place; as it is where there is one process."""
     if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(mean)
-        mean /= dist.get_world_size()
-    return mean
+        dist.all_reduce(value)
+        value /= dist.get_world_size()
+    return value

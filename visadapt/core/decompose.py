@@ -4,58 +4,123 @@ from __future__ import annotations
 
 import hashlib
 import os
+import warnings
+from contextlib import suppress
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ..errors import InputError
 from ..files import atomic
 
 CACHE = "VISADAPT_CACHE"
 """Environment variable with the folder of kept decompositions; `~/.cache/visadapt` where it is unset."""
 
-WORTH_KEEPING = 512 * 512
-"""Number of weights from which on reading a file is faster than decomposing again."""
+WORTH_KEEPING = 512
+"""Smaller side of a matrix from which on reading a file is much faster than decomposing again. The time goes with its
+cube, the file's size with its square: all linears of a ViT-S take three seconds and are not kept, those of a ViT-L take
+a minute or two and fill 1.7 GB, less where `rank` is given."""
+
+LIMIT = 8 * 2**30
+"""Bytes that the kept decompositions may take together; those that were not used for longest go first."""
+
+WELL_CONDITIONED = 1e-4
+"""Smallest over largest singular value from which on the Gram matrix in float64 gives vectors exact to float32."""
 
 
 def cache_folder() -> Path:
     return Path(os.environ.get(CACHE) or Path.home() / ".cache" / "visadapt")
 
 
-def svd(weight: Tensor, rank: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def svd(weight: Tensor, rank: int | None = None, keep: bool = True) -> tuple[Tensor, Tensor, Tensor]:
     """Exact thin decomposition weight = U diag(S) Vt in float32, with signs that do not depend on the machine.
 
-    The entry of largest magnitude in every column of U is positive. Where singular values coincide, their vectors are
-    one choice of many, on any machine.
+    The entry of largest magnitude in every column of U is positive. It is computed in float64: vectors of neighbouring
+    singular values would otherwise depend on the number of threads and on the library. Where singular values coincide,
+    their vectors are one choice of many, on any machine.
 
     Args:
         weight: (o, i).
         rank: leading components that are returned; all min(o, i) where None.
+        keep: on disk, if large; False for matrices that will not come again, as those made from gradients.
 
     Returns:
         U (o, r), S (r,), Vt (r, i), on the device of the weight.
     """
     matrix = weight.detach().float().cpu().contiguous()
-    if matrix.numel() < WORTH_KEEPING:
+    if not keep or min(matrix.shape) < WORTH_KEEPING:
         return _to(_svd(matrix, rank), weight)
-    digest = hashlib.sha256(matrix.numpy()).hexdigest()
-    path = cache_folder() / f"svd_{digest[:32]}_{'x'.join(map(str, matrix.shape))}_{rank or 'full'}.safetensors"
-    if path.is_file():
-        kept = load_file(path)
-        return _to((kept["u"], kept["s"], kept["vt"]), weight)
-    found = _svd(matrix, rank)
-    with atomic(path) as temporary:
-        save_file(dict(zip(("u", "s", "vt"), found)), temporary)
+    name = f"{hashlib.sha256(matrix.numpy()).hexdigest()[:32]}_{'x'.join(map(str, matrix.shape))}"
+    folder = cache_folder() / "svd"
+    part, whole = (folder / f"{name}_{size}.safetensors" for size in (rank or "full", "full"))
+    found = _load(part, rank) or _load(whole, rank)
+    if found is None:
+        found = _svd(matrix, rank)
+        _keep(part, found)
     return _to(found, weight)
 
 
+def _load(path: Path, rank: int | None) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Kept factors; None where there are none. They are copied: a mapped file must not go away while it is in use."""
+    try:
+        kept = load_file(path)
+    except (OSError, SafetensorError):
+        return None
+    with suppress(OSError):  # a folder that belongs to someone else
+        os.utime(path)
+    return (
+        kept["u"][:, :rank].clone(memory_format=torch.contiguous_format),
+        kept["s"][:rank].clone(),
+        kept["vt"][:rank].clone(),
+    )
+
+
+def _keep(path: Path, factors: tuple[Tensor, Tensor, Tensor]) -> None:
+    """Write a file, and say so where that cannot be done."""
+    folder = path.parent
+    try:
+        with atomic(path) as temporary:
+            save_file(dict(zip(("u", "s", "vt"), factors)), temporary)
+    except (InputError, OSError):
+        warnings.warn(
+            f"{folder} cannot be written, so that every run decomposes the weights anew; free some space there or set "
+            f"{CACHE} to another folder",
+            stacklevel=3,
+        )
+    else:
+        _tidy(folder)
+
+
+def _tidy(folder: Path) -> None:
+    """Delete the files that were not used for longest where all together exceed the limit."""
+    used = []
+    for kept in folder.glob("*.safetensors"):
+        with suppress(FileNotFoundError):  # by another process that tidies up
+            used.append((kept.stat().st_mtime, kept.stat().st_size, kept))
+    total = 0
+    for _, size, kept in sorted(used, reverse=True):
+        total += size
+        if total > LIMIT:
+            kept.unlink(missing_ok=True)
+
+
 def _svd(matrix: Tensor, rank: int | None) -> tuple[Tensor, Tensor, Tensor]:
-    u, s, vt = torch.linalg.svd(matrix, full_matrices=False)
-    columns = torch.arange(u.shape[1])
-    sign = u[u.abs().argmax(0), columns].sign()
-    u, vt = u * sign, vt * sign[:, None]
-    return u[:, :rank].contiguous(), s[:rank].contiguous(), vt[:rank].contiguous()
+    wide = matrix.shape[0] < matrix.shape[1]
+    tall = (matrix.T if wide else matrix).double()
+    squares, v = torch.linalg.eigh(tall.T @ tall)
+    s, v = squares.flip(0).clamp(min=0).sqrt(), v.flip(1)
+    if s[-1] > WELL_CONDITIONED * s[0]:
+        u = tall @ v / s
+    else:
+        u, s, vt = torch.linalg.svd(tall, full_matrices=False)
+        v = vt.T
+    u, v = (v, u) if wide else (u, v)
+    sign = u[u.abs().argmax(0), torch.arange(u.shape[1])].sign()
+    factors = (u * sign)[:, :rank], s[:rank], (v * sign).T[:rank]
+    return tuple(f.float().contiguous() for f in factors)
 
 
 def _to(factors: tuple[Tensor, Tensor, Tensor], like: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -12,24 +12,38 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ..errors import InputError
 from .context import Context
 from .kinds import AttnCore, Delta, Prompt, SiteModule, Tokens, WeightMap
 from .lowrank import LowRankLinear, merged_weight, worth_factoring
 from .routing import routed_forward
+from .sparse import Entries, SparseLinear, with_entries
 
 if TYPE_CHECKING:
     from ..backbones.base import Backbone
 
 
+ADAPTABLE = (nn.Linear, nn.Conv2d, nn.LayerNorm, nn.GroupNorm, nn.BatchNorm2d)
+"""Modules whose weight can be adapted; a batch norm as it is in eval mode."""
+
+
+class StandIn:
+    """A module with another weight and bias, to be handed to the `forward` of the module's class."""
+
+    def __init__(self, module: nn.Module, weight: Tensor, bias: Tensor | None) -> None:
+        self.module, self.weight, self.bias = module, weight, bias
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.module, name)
+
+
 def run_with(module: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The module's own computation with another weight and bias."""
+    """The module's own computation with another weight and bias: its stride, padding, groups, layout, statistics."""
     if isinstance(module, nn.Linear):
         return F.linear(x, weight, bias)
-    if isinstance(module, nn.Conv2d):
-        return module._conv_forward(x, weight, bias)
-    return F.layer_norm(x, module.normalized_shape, weight, bias, module.eps)
+    return type(module).forward(StandIn(module, weight, bias), x)
 
 
 def effective(weight: Tensor, bias: Tensor | None, pieces: list[SiteModule]) -> tuple[Tensor, Tensor | None]:
@@ -50,14 +64,22 @@ def effective(weight: Tensor, bias: Tensor | None, pieces: list[SiteModule]) -> 
             continue
         weight = torch.cat([weight[:start], new_w, weight[stop:]])
         if new_b is not None:
-            whole = torch.zeros_like(weight[:, 0]) if bias is None else bias
+            whole = weight.new_zeros(weight.shape[0]) if bias is None else bias
             bias = torch.cat([whole[:start], new_b, whole[stop:]])
     return weight, bias
 
 
-def add_rows(y: Tensor, change: Tensor, rows: tuple[int, int] | None) -> Tensor:
-    """y with `change` added to a slice of its last dimension."""
-    return y + (change if rows is None else F.pad(change, (rows[0], y.shape[-1] - rows[1])))
+def add_rows(y: Tensor, change: Tensor, rows: tuple[int, int] | None, channels: int = -1) -> Tensor:
+    """y with `change` added to a slice of the dimension `channels`."""
+    if rows is None:
+        return y + change
+    behind = (y.ndim - 1 - channels) % y.ndim
+    return y + F.pad(change, (*[0, 0] * behind, rows[0], y.shape[channels] - rows[1]))
+
+
+def take_rows(y: Tensor, rows: tuple[int, int] | None, channels: int) -> Tensor:
+    """A slice of the dimension `channels` of y."""
+    return y if rows is None else y.narrow(channels, rows[0], rows[1] - rows[0])
 
 
 class WeightForward:
@@ -84,7 +106,8 @@ class WeightForward:
             return self._by_weight(x, pieces)
         piece = pieces[last]
         if isinstance(piece, Delta):  # deltas add up in any order
-            return add_rows(self.apply(x, pieces[:last] + pieces[last + 1 :]), piece.scale * piece(x), piece.site.rows)
+            y, site = self.apply(x, pieces[:last] + pieces[last + 1 :]), piece.site
+            return add_rows(y, piece.scale * piece(x), site.rows, site.channels)
         last = max(i for i, p in enumerate(pieces) if isinstance(p, WeightMap))
         piece, rest = pieces[last], pieces[:last]
         if rest and type(piece).forward is WeightMap.forward:
@@ -94,26 +117,44 @@ class WeightForward:
                     f"{piece.site.key}; set its dropout to 0, or add '{piece.owner}' first"
                 )
             return self._by_weight(x, pieces)
-        rows = piece.site.rows
-        before = RowsOf(self, rest, rows)
+        rows, channels = piece.site.rows, piece.site.channels
+        before = RowsOf(self, rest, rows, channels)
         y, mapped = self.apply(x, rest) if rows or piece.scale != 1 else None, piece(x, before)
         if y is not None:
-            mapped = add_rows(y, piece.scale * (mapped - (y if rows is None else y[..., rows[0] : rows[1]])), rows)
-        for delta in pieces[last + 1 :]:
-            change = delta.delta().view(-1, *self.module.weight.shape[1:])
-            mapped = add_rows(mapped, delta.scale * run_with(self.module, x, change, None), delta.site.rows)
+            mapped = add_rows(y, piece.scale * (mapped - take_rows(y, rows, channels)), rows, channels)
+        if deltas := pieces[last + 1 :]:
+            change, _ = effective(torch.zeros_like(self.module.weight), None, deltas)
+            mapped = mapped + run_with(self.module, x, change, None)
         return mapped
 
     def _by_weight(self, x: Tensor, pieces: list[SiteModule]) -> Tensor:
         module = self.module
         if not pieces:
             return run_with(module, x, module.weight, module.bias)
+        deltas = [p for p in pieces if isinstance(p, Delta)]
+        traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
         frozen = not module.weight.requires_grad and (module.bias is None or not module.bias.requires_grad)
-        if isinstance(module, nn.Linear) and frozen:
-            low_rank = [p.factors() if isinstance(p, Delta) else None for p in pieces]
+        if isinstance(module, nn.Linear) and frozen and len(deltas) == len(pieces):
+            sparse = [p.entries() for p in deltas]
+            if all(e is not None for e in sparse) and not traced:
+                return self._sparse(x, deltas, sparse)
+            low_rank = [p.factors() for p in deltas]
             if all(f is not None for f in low_rank) and worth_factoring(module.weight, low_rank):
-                return self._low_rank(x, pieces, low_rank)
-        return run_with(module, x, *effective(module.weight, module.bias, pieces))
+                return self._low_rank(x, deltas, low_rank)
+        if any(p.recompute for p in deltas) and torch.is_grad_enabled() and not traced:
+            return checkpoint(self._effective, x, pieces, use_reentrant=False, preserve_rng_state=False)
+        return self._effective(x, pieces)
+
+    def _effective(self, x: Tensor, pieces: list[SiteModule]) -> Tensor:
+        return run_with(self.module, x, *effective(self.module.weight, self.module.bias, pieces))
+
+    def _sparse(self, x: Tensor, pieces: list[Delta], sparse: list[Entries]) -> Tensor:
+        x, weight, bias, *values = _in_autocast(x, self.module.weight, self.module.bias, *(e.values for e in sparse))
+        rows, scales = tuple(p.site.rows or (0, weight.shape[0]) for p in pieces), tuple(p.scale for p in pieces)
+        with torch.autocast(x.device.type, enabled=False):
+            if not torch.is_grad_enabled():
+                return F.linear(x, with_entries(weight, rows, scales, [e.index for e in sparse], values), bias)
+            return SparseLinear.apply(x, weight, bias, rows, scales, sparse, *values)
 
     def _low_rank(self, x: Tensor, pieces: list[Delta], low_rank: list[tuple[Tensor, Tensor, float]]) -> Tensor:
         module = self.module
@@ -122,11 +163,8 @@ class WeightForward:
             for piece in pieces:
                 y = add_rows(y, piece.scale * piece(x), piece.site.rows)
             return y
-        tensors = [x, module.weight, module.bias, *(t for a, b, _ in low_rank for t in (a, b))]
-        if torch.is_autocast_enabled(x.device.type):
-            dtype = torch.get_autocast_dtype(x.device.type)
-            tensors = [t if t is None else t.to(dtype) for t in tensors]
-        x, weight, bias, *factors = tensors
+        factors = (t for a, b, _ in low_rank for t in (a, b))
+        x, weight, bias, *factors = _in_autocast(x, module.weight, module.bias, *factors)
         rows = tuple(p.site.rows or (0, weight.shape[0]) for p in pieces)
         scales = tuple(p.scale * s for p, (_, _, s) in zip(pieces, low_rank))
         with torch.autocast(x.device.type, enabled=False):
@@ -135,15 +173,24 @@ class WeightForward:
             return LowRankLinear.apply(x, weight, bias, rows, scales, *factors)
 
 
+def _in_autocast(x: Tensor, *others: Tensor | None) -> list[Tensor | None]:
+    """The tensors in the dtype that products have at the moment."""
+    if not torch.is_autocast_enabled(x.device.type):
+        return [x, *others]
+    dtype = torch.get_autocast_dtype(x.device.type)
+    return [t if t is None else t.to(dtype) for t in (x, *others)]
+
+
 class RowsOf:
     """The computation before a weight map, cut to the map's rows."""
 
-    def __init__(self, forward: WeightForward, pieces: list[SiteModule], rows: tuple[int, int] | None) -> None:
-        self.forward, self.pieces, self.rows = forward, pieces, rows
+    def __init__(
+        self, forward: WeightForward, pieces: list[SiteModule], rows: tuple[int, int] | None, channels: int
+    ) -> None:
+        self.forward, self.pieces, self.rows, self.channels = forward, pieces, rows, channels
 
     def __call__(self, x: Tensor) -> Tensor:
-        y = self.forward.apply(x, self.pieces)
-        return y if self.rows is None else y[..., self.rows[0] : self.rows[1]]
+        return take_rows(self.forward.apply(x, self.pieces), self.rows, self.channels)
 
 
 class Keep:
@@ -239,7 +286,7 @@ def _weight_forward(module: nn.Module, path: str, ctx: Context) -> WeightForward
     found = module.__dict__.get("forward")
     if isinstance(found, WeightForward):
         return found
-    if not isinstance(module, nn.Linear | nn.Conv2d | nn.LayerNorm):
+    if not isinstance(module, ADAPTABLE):
         raise InputError(
             f"{path} is a {type(module).__name__}; weights of linears, convolutions and norms can be adapted"
         )

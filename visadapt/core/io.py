@@ -23,6 +23,7 @@ from .. import __version__
 from ..errors import InputError
 from ..files import atomic
 from ..registry import ADAPTERS, HEADS, arguments_of
+from .manifest import manifest_problem
 from .probe import check_probe, run_probe
 
 if TYPE_CHECKING:
@@ -70,11 +71,17 @@ def _checksum(manifest: dict[str, Any], tensors: dict[str, Tensor]) -> str:
     return hashlib.sha256((said + _digest(tensors)).encode()).hexdigest()
 
 
+def _listed(tensors: dict[str, Tensor]) -> dict[str, dict[str, Any]]:
+    """Shape and type of every tensor, as JSON values."""
+    return {k: {"shape": list(v.shape), "dtype": str(v.dtype).removeprefix("torch.")} for k, v in tensors.items()}
+
+
 def fingerprint(adapted: Adapted) -> str:
     """sha256 of the untouched base in float32, whatever is merged or swapped in at the moment."""
     tensors = {k: v for k, v in adapted.backbone.body.state_dict().items() if v.is_floating_point()}
     tensors |= adapted.base_values.originals
-    for path, (weight, bias) in adapted.merger.originals.items():
+    for path, original in adapted.merger.originals.items():
+        weight, bias = original.whole(adapted.backbone.body.get_submodule(path))
         tensors[f"{path}.weight"] = weight
         tensors.pop(f"{path}.bias", None)
         if bias is not None:
@@ -145,9 +152,7 @@ def save_adapter(
             "fingerprint": fingerprint(adapted),
         },
         "heads": {n: _head_entry(head) for n, head in heads.items()},
-        "tensors": {
-            k: {"shape": list(v.shape), "dtype": str(v.dtype).removeprefix("torch.")} for k, v in tensors.items()
-        },
+        "tensors": _listed(tensors),
         **(extra or {}),
     }
     manifest["sha256"] = _checksum(manifest, tensors)
@@ -159,6 +164,8 @@ def save_adapter(
 def _open(path: str | os.PathLike):
     if not Path(path).is_file():
         raise InputError(f"no adapter file {path}")
+    if not os.access(path, os.R_OK):
+        raise InputError(f"adapter file {path} cannot be read: permission denied")
     try:
         return safe_open(str(path), framework="pt")
     except (SafetensorError, OSError) as error:
@@ -171,17 +178,24 @@ def read_manifest(path: str | os.PathLike) -> dict[str, Any]:
     """The manifest of an adapter file, without reading its tensors.
 
     Raises:
-        InputError: the file is missing, truncated, or not an adapter file.
+        InputError: the file is missing, truncated, not an adapter file, of a later version, or its manifest is damaged.
     """
     with _open(path) as file:
         text = (file.metadata() or {}).get("visadapt")
     if text is None:
         raise InputError(f"{path} is a safetensors file without a visadapt manifest; it is no adapter file")
-    manifest = json.loads(text)
-    if manifest["format"] > FORMAT:
+    try:
+        manifest = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} has a damaged manifest; fetch or write the file again") from error
+    version = manifest.get("format") if isinstance(manifest, dict) else None
+    if type(version) is int and version > FORMAT:
         raise InputError(
-            f"{path} was written by visadapt {manifest['visadapt']}; this is {__version__}, upgrade to read it"
+            f"{path} has format {version}, written by visadapt {manifest.get('visadapt')}; this is {__version__}, which "
+            f"reads up to format {FORMAT}: upgrade to read it"
         )
+    if problem := manifest_problem(manifest):
+        raise InputError(f"{path} has a damaged manifest: {problem}; fetch or write the file again")
     return manifest
 
 
@@ -193,7 +207,7 @@ def read_tensors(path: str | os.PathLike, manifest: dict[str, Any]) -> dict[str,
     """
     with _open(path) as file:
         tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
-    if _checksum(manifest, tensors) != manifest.get("sha256"):
+    if _listed(tensors) != manifest["tensors"] or _checksum(manifest, tensors) != manifest["sha256"]:
         raise InputError(f"{path} does not match its checksum; the file was damaged or altered")
     return tensors
 
@@ -264,6 +278,8 @@ def _fill(
         loaded += [f"heads/{name}/{k}" for k in given]
     unexpected = sorted(set(tensors) - set(loaded) - {"probe/output"})
     names = tuple(manifest["adapters"])
+    if probe and "probe/output" not in tensors:
+        raise InputError(f"{path} holds no probe/output to check the adapter with; write the file again")
     error = check_probe(adapted, names, tensors["probe/output"], path) if probe else None
     return LoadReport(sorted(loaded), sorted(adapted.backbone.body.state_dict()), unexpected, error)
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .context import Context
 from .sites import Site
+from .sparse import Entries
 
 
 class SiteModule(nn.Module):
@@ -63,11 +64,14 @@ class Delta(SiteModule):
     Attributes:
         pair: names of the parameters A (r, in) and B (out, r) of methods that have just these two, for optimizers that
             treat them as a pair.
+        recompute: delta is computed from much less than it and its intermediate values take; training computes it
+            again in the backward pass and keeps none of them.
     """
 
     kind = "delta"
     folds = True
     pair: ClassVar[tuple[str, str] | None] = None
+    recompute: ClassVar[bool] = False
 
     def delta(self) -> Tensor:
         """(dim_out, dim_in) for linears; for convolutions the weight's shape, or flattened to (dim_out, -1)."""
@@ -76,6 +80,10 @@ class Delta(SiteModule):
 
     def factors(self) -> tuple[Tensor, Tensor, float] | None:
         """(A (r, dim_in), B (dim_out, r), s) with delta = s * B @ A; None where delta has no such form."""
+        return None
+
+    def entries(self) -> Entries | None:
+        """What of delta is not zero, None where that is most of it. Merging then exchanges these entries only."""
         return None
 
     def forward(self, x: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from .inject import WeightForward, effective
-from .kinds import SiteModule, WeightMap
+from .kinds import Delta, SiteModule, WeightMap
 from .probe import evaluating
 
 if TYPE_CHECKING:
@@ -22,17 +23,57 @@ HALF_STEPS = 16
 """The same for outputs in half precision, in units of their last place: the merged weight is rounded to such a unit."""
 
 
+@dataclass(frozen=True)
+class Original:
+    """What a merge replaced in one module.
+
+    Attributes:
+        weight: the whole weight, or the values that stood at `places`.
+        bias: the whole bias, where the weight is whole.
+        places: (k,) places in the flattened weight, None where the weight is whole.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    places: Tensor | None = None
+
+    def whole(self, module: nn.Module) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias as they were, the module being merged still."""
+        if self.places is None:
+            return self.weight, self.bias
+        weight = module.weight.detach().clone()
+        self._put(weight)
+        return weight, module.bias
+
+    def _put(self, weight: Tensor) -> None:
+        flat = weight.view(-1)
+        flat.index_copy_(0, self.places.to(flat.device), self.weight.to(flat))
+
+    def restore(self, module: nn.Module) -> None:
+        """Put it back."""
+        if self.places is not None:
+            self._put(module.weight)
+            return
+        module.weight.copy_(self.weight)
+        if self.bias is None:
+            module.bias = None
+        else:
+            module.bias.copy_(self.bias)
+
+
 class Merger:
-    """Remembers what a merge replaced.
+    """Folds adapters in and remembers what that replaced: whole weights, or the entries where a delta has only few.
+
+    Adapters of few entries are therefore exchanged in little time: `unmerge()`, `enable(other)`, `merge(other)`.
 
     Attributes:
         names: adapters that are folded in at the moment.
-        originals: (weight, bias) of the base by module path, for what a merge replaced.
+        originals: what they replaced, by module path.
     """
 
     def __init__(self) -> None:
         self.names: list[str] = []
-        self.originals: dict[str, tuple[Tensor, Tensor | None]] = {}
+        self.originals: dict[str, Original] = {}
         self._forwards: dict[str, tuple[WeightForward, list[SiteModule]]] = {}
         self._stacks: list[SiteModule] = []
 
@@ -44,15 +85,14 @@ class Merger:
             raise InputError("a mixed batch is being routed; end routing with route(None) before merging")
         plan = self._plan(adapted, names)
         before = self._output(adapted, check)
-        new = {}
-        for path, (forward, pieces) in plan.items():
-            dtype = forward.module.weight.dtype
-            weight, bias = (v if v is None else v.to(dtype) for v in effective(*_upcast(forward.module), pieces))
-            if not (weight.isfinite().all() and (bias is None or bias.isfinite().all())):
-                raise InputError(f"merging {names} makes the weight of {path} non-finite; nothing was changed")
-            new[path] = (weight, bias)
-        for path, (forward, pieces) in plan.items():
-            self._write(path, forward, pieces, *new[path])
+        try:
+            for path, (forward, pieces) in plan.items():
+                if not self._fold(path, forward.module, pieces):
+                    raise InputError(f"merging {names} makes the weight of {path} non-finite; nothing was changed")
+                self._leave(path, forward, pieces)
+        except BaseException:
+            self.unmerge(adapted)
+            raise
         self.names = list(names)
         if check is not None:
             after = self._output(adapted, check)
@@ -92,31 +132,45 @@ class Merger:
                 plan[path] = (forward, chosen)
         return plan
 
-    def _write(self, path: str, forward: WeightForward, pieces: list[SiteModule], weight: Tensor, bias: Tensor | None):
-        module = forward.module
-        self.originals[path] = (module.weight.clone(), None if module.bias is None else module.bias.clone())
-        module.weight.copy_(weight)
-        if bias is not None and module.bias is None:
-            module.bias = nn.Parameter(bias, requires_grad=False)
-        elif bias is not None:
-            module.bias.copy_(bias)
+    def _fold(self, path: str, module: nn.Module, pieces: list[SiteModule]) -> bool:
+        """Write the pieces into one module and keep what stood there; False, and nothing written, if not finite."""
+        if (sparse := _entries(module, pieces)) is not None:
+            places, change = sparse
+            flat = module.weight.view(-1)
+            old = flat.index_select(0, places)
+            new = (old.to(torch.promote_types(old.dtype, torch.float32)) + change).to(old.dtype)
+            if not new.isfinite().all():
+                return False
+            self.originals[path] = Original(old, places=places)
+            flat.index_copy_(0, places, new)
+            return True
+        dtype, bias = module.weight.dtype, module.bias
+        new_weight, new_bias = (v if v is None else v.to(dtype) for v in effective(*_upcast(module), pieces))
+        if not (new_weight.isfinite().all() and (new_bias is None or new_bias.isfinite().all())):
+            return False
+        self.originals[path] = Original(module.weight.clone(), None if bias is None else bias.clone())
+        module.weight.copy_(new_weight)
+        if new_bias is not None and bias is None:
+            module.bias = nn.Parameter(new_bias, requires_grad=False)
+        elif new_bias is not None:
+            bias.copy_(new_bias)
+        return True
+
+    def _leave(self, path: str, forward: WeightForward, pieces: list[SiteModule]) -> None:
+        """Take folded pieces off their module, and the forward object with them if nothing else is at work there."""
         self._forwards[path] = (forward, list(forward.pieces))
         for piece in pieces:
             piece.on = False
         forward.pieces = [p for p in forward.pieces if p not in pieces]
         self._stacks += pieces
         if not any(p.on for p in forward.pieces):
-            del module.forward
+            del forward.module.forward
 
     @torch.no_grad()
     def unmerge(self, adapted: Adapted) -> None:
-        for path, (weight, bias) in self.originals.items():
+        for path, original in self.originals.items():
             module = adapted.backbone.body.get_submodule(path)
-            module.weight.copy_(weight)
-            if bias is None:
-                module.bias = None
-            else:
-                module.bias.copy_(bias)
+            original.restore(module)
             forward, pieces = self._forwards[path]
             forward.pieces, module.forward = pieces, forward
         for piece in self._stacks:
@@ -129,6 +183,25 @@ class Merger:
         with evaluating(adapted):  # dropout draws anew and is no error of the merge
             features = adapted(check)
         return torch.cat([features.native.flatten(), features.tokens.flatten()])
+
+
+def _entries(module: nn.Module, pieces: list[SiteModule]) -> tuple[Tensor, Tensor] | None:
+    """Places in the flattened weight and what the pieces add there; None where the whole weight has to be formed.
+
+    All pieces must be sparse, and on rows of their own: what adds up at one place is rounded once.
+    """
+    if not module.weight.is_contiguous():
+        return None
+    found, width = [], module.weight[0].numel()
+    taken = torch.zeros(len(module.weight), dtype=torch.bool)
+    for piece in pieces:
+        start, stop = piece.site.rows or (0, len(module.weight))
+        entries = piece.entries() if isinstance(piece, Delta) else None
+        if entries is None or taken[start:stop].any():
+            return None
+        taken[start:stop] = True
+        found.append((entries.index.long() + start * width, piece.scale * entries.values))
+    return tuple(torch.cat(parts) for parts in zip(*found))
 
 
 def _upcast(module: nn.Module) -> tuple[Tensor, Tensor | None]:

@@ -51,6 +51,8 @@ def check_probe(adapted: Adapted, names: Sequence[str], stored: Tensor, path: st
         InputError: it exceeds the tolerance.
     """
     here = run_probe(adapted, names)
+    if here.shape != stored.shape:
+        raise InputError(f"{path}: its probe has {stored.numel()} values, this backbone gives {here.numel()}")
     error = ((here - stored).abs() / stored.abs().clamp(min=1)).max().item()
     if not error <= TOLERANCE:
         raise InputError(f"{path}: the loaded adapter misses its stored probe by {error:.1e} (allowed {TOLERANCE:.0e})")

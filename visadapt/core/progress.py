@@ -17,6 +17,7 @@ class Progress:
         epoch: epochs done before this step.
         epochs: epochs of the whole run.
         generator: on the CPU, seeded by run and step alone: the same draws on every process and after a resume.
+        lr: the optimizer's learning rate, without factors of single groups; 0 where none drives the run.
     """
 
     step: int
@@ -24,3 +25,4 @@ class Progress:
     epoch: int
     epochs: int
     generator: torch.Generator
+    lr: float = 0.0

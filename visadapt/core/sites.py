@@ -15,7 +15,7 @@ LINEARS = (*LINEAR_ROLES, "qkv")
 """Roles whose module is a linear."""
 
 NORMS = ("norm1", "norm2", "norm")
-"""Roles whose module is a norm; `norm` is the one after the last block."""
+"""Roles whose module is a norm; `norm` are those outside the blocks, mostly one after the last."""
 
 CONVS = ("patch", "conv", "down")
 """Roles whose module is a convolution."""
@@ -68,6 +68,11 @@ class Site:
         """Stable name without dots, unique in a backbone; the name of this site in adapter files."""
         layer = f"{self.layer:02d}" if self.layer >= 0 else "xx"
         return f"{self.part}_{layer}_{self.role}" + (f"_{self.n}" if self.n else "")
+
+    @property
+    def channels(self) -> int:
+        """The dimension of the module's input and output in which the channels stand."""
+        return 1 if self.layout == "NCHW" else -1
 
 
 def _matches(site: Site, target: str, whole: set[str]) -> bool:

@@ -15,6 +15,8 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 RASTERS = (".tif", ".tiff")
 IMAGE_SUFFIXES = (*PICTURES, *RASTERS, ".npy")
+RESIZABLE = (np.uint8, np.uint16, np.int16, np.float32, np.float64)
+"""Types of arrays that OpenCV resizes; others become float32, as every image does on its way into a model."""
 
 # OpenCV writes decoder complaints to stderr without the name of the file; the errors raised here carry it.
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
@@ -66,7 +68,24 @@ def find_list(list_file: str | Path, root: Path) -> Path:
     """
     list_file = Path(list_file).expanduser()
     candidates = [list_file, root / list_file, REPOSITORY / list_file]
-    return _first_existing(f"list file '{list_file}'", candidates, "give its path, or its path below the data folder")
+    found = _first_existing(f"list file '{list_file}'", candidates, "give its path, or its path below the data folder")
+    if not found.is_file():
+        raise InputError(f"list file '{list_file}': {found} is a folder, a file is needed")
+    return found
+
+
+def read_text(path: Path) -> str:
+    """The text of a list or a table.
+
+    Raises:
+        InputError: it cannot be read, or is not text.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"list file {path} is not UTF-8 text; give a text file with one image per line") from error
+    except OSError as error:
+        raise InputError(f"list file {path} cannot be read: {(error.strerror or str(error)).lower()}") from error
 
 
 def read_lines(path: Path) -> list[tuple[int, str]]:
@@ -75,11 +94,7 @@ def read_lines(path: Path) -> list[tuple[int, str]]:
     Raises:
         InputError: the file is not text, or nothing is left.
     """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"list file {path} is not UTF-8 text; give a text file with one image per line") from error
-    lines = [(n, line.strip()) for n, line in enumerate(text.splitlines(), 1)]
+    lines = [(n, line.strip()) for n, line in enumerate(read_text(path).splitlines(), 1)]
     lines = [(n, line) for n, line in lines if line and not line.startswith("#")]
     if not lines:
         raise InputError(f"list file {path} names no image")
@@ -98,10 +113,10 @@ def read_image(path: str | Path, channels: int = 3) -> np.ndarray:
         channels: the number of bands the caller needs.
 
     Returns:
-        (H, W, channels), in the values and the type of the file.
+        (H, W, channels), in the values and the type of the file; rarer types of arrays as float32.
 
     Raises:
-        UnreadableImage: the file is missing or damaged.
+        UnreadableImage: the file is missing or damaged, or holds values that are not finite.
         InputError: the format is unknown, or the number of bands is another one.
     """
     path = Path(path)
@@ -118,6 +133,8 @@ def read_image(path: str | Path, channels: int = 3) -> np.ndarray:
         image = _read_raster(path, data)
     else:
         image = _decode(path, data, cv2.IMREAD_COLOR_RGB if channels == 3 else cv2.IMREAD_UNCHANGED)
+    if image.size == 0 or (image.dtype.kind == "f" and not np.isfinite(image).all()):
+        raise UnreadableImage(f"{path} has {'values that are not finite' if image.size else 'no pixels'}")
     if image.ndim == 2:
         image = image[..., None]
     if image.shape[2] == 1 and channels == 3:
@@ -147,7 +164,7 @@ def _read_array(path: Path) -> np.ndarray:
         raise UnreadableImage(f"{path} is damaged or not an array of numbers") from error
     if image.ndim not in (2, 3) or image.dtype.kind not in "buif":
         raise InputError(f"{path} holds {image.dtype} {image.shape}; an image is numbers (height, width, bands)")
-    return image
+    return image if image.dtype in RESIZABLE else image.astype(np.float32)
 
 
 def _read_raster(path: Path, data: bytes) -> np.ndarray:

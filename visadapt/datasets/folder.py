@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from ..errors import InputError, hint
@@ -10,9 +11,23 @@ from .base import ClassificationDataset, data_root, find_list, read_lines
 from .files import IMAGE_SUFFIXES
 
 
+def is_image(path: Path) -> bool:
+    """True for a file, or a link to a missing one, with the suffix of an image; not for folders and pipes."""
+    return path.suffix.lower() in IMAGE_SUFFIXES and (path.is_file() or (path.is_symlink() and not path.exists()))
+
+
 def images_below(folder: Path) -> list[Path]:
-    """Image files below a folder at any depth, in a fixed order."""
-    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+    """Image files below a folder at any depth, in a fixed order.
+
+    Raises:
+        InputError: a folder cannot be read; its images would be left out without a word.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise InputError(f"folder {error.filename} cannot be read: {error.strerror.lower()}") from error
+
+    walk = os.walk(folder, onerror=refuse)
+    return sorted(p for base, _, names in walk for p in (Path(base, name) for name in names) if is_image(p))
 
 
 def class_of(line: str, classes: tuple[str, ...], where: str) -> int:

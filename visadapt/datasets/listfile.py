@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +11,10 @@ from pathlib import Path
 from ..errors import InputError, hint
 from ..registry import DATASETS
 from .base import ClassificationDataset, data_root, find_list, read_lines
+from .files import read_text
+
+MOST = 100_000
+"""Classes that labels may number without naming them; a higher number is a slip, and names for all would fill memory."""
 
 
 def resolve_labels(
@@ -26,6 +31,11 @@ def resolve_labels(
         InputError: a label is no class.
     """
     numbers = all(re.fullmatch("-?[0-9]+", label) for label in labels)
+    if classes is None and numbers:
+        highest = max(labels, key=lambda label: (len(label), label))  # by value: int() refuses thousands of digits
+        if len(highest) > len(str(MOST)) or int(highest) >= MOST:
+            place = places[list(labels).index(highest)]
+            raise InputError(f"{place}: label '{highest:.40}' is above {MOST - 1}; mend it, or give classes=[...]")
     if classes is None:
         classes = [str(i) for i in range(max(map(int, labels)) + 1)] if numbers else sorted(set(labels))
     names = {str(name): i for i, name in enumerate(classes)}
@@ -113,13 +123,15 @@ class CSVDataset(ClassificationDataset):
         folder = None if root is None else data_root(root)
         source = find_list(csv_file, folder or Path())
         base = folder or source.parent
-        with source.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, skipinitialspace=True)
+        reader = csv.DictReader(io.StringIO(read_text(source), newline=""), skipinitialspace=True)
+        try:
             columns = reader.fieldnames or []
-            for name in ("path", "label"):
-                if name not in columns:
-                    raise InputError(f"{source}: no column '{name}'{hint(name, columns)}")
             rows = [(f"{source}:{reader.line_num}", row) for row in reader]
+        except csv.Error as error:
+            raise InputError(f"{source}:{reader.line_num + 1}: {error}; give a comma-separated table") from error
+        for name in ("path", "label"):
+            if name not in columns:
+                raise InputError(f"{source}: no column '{name}'{hint(name, columns)}")
         if not rows:
             raise InputError(f"{source} has no rows below its header")
         for place, row in rows:

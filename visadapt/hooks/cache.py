@@ -37,6 +37,8 @@ class CacheFeatures(Hook):
         if task.adapted.pieces() or any(p.requires_grad for p in task.adapted.parameters()):
             names = ", ".join(task.adapted.adapters)
             raise InputError(f"cache_features needs a wholly frozen backbone; the adapters {names} change its features")
+        if task.adapted.base_mode == "train":
+            raise InputError("cache_features needs base_mode='eval': the backbone draws anew in every training step")
         if task.mix is not None:
             raise InputError("cache_features and mix exclude each other: mixed images have features of their own")
         transform = getattr(dataset, "transform", None)

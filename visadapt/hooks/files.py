@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -47,8 +48,8 @@ class AdapterFiles(Hook):
     def after_val_epoch(self, runner, metrics: dict | None = None) -> None:
         self.metrics = dict(metrics or {})
         value = metric_value(metrics, self.monitor, "AdapterFiles")
-        better = self.best is None or (value > self.best if self.rule == "greater" else value < self.best)
-        if better:
+        first = self.best is None or math.isnan(self.best)
+        if first or (value > self.best if self.rule == "greater" else value < self.best):
             self.best = value
             self._write(runner, "adapter_best.safetensors")
 
@@ -74,18 +75,21 @@ class AdapterFiles(Hook):
 class Checkpoints(Hook):
     """Write `epoch_N.pth` or `iter_N.pth` for resuming, and remove older ones.
 
+    A validation at the same step has the file written anew, so that a resumed run knows its best metric.
+
     Args:
         interval: epochs or iterations between two files.
         by_epoch: what the interval counts; loops over iterations need False.
         keep: how many of the newest files stay.
     """
 
-    priority = "VERY_LOW"
+    priority = "LOWEST"  # behind the hooks whose state it writes
 
     def __init__(self, interval: int = 1, by_epoch: bool = True, keep: int = 2) -> None:
         if interval < 1 or keep < 1:
             raise InputError(f"Checkpoints: interval and keep must be at least 1, got {interval} and {keep}")
         self.interval, self.by_epoch, self.keep = interval, by_epoch, keep
+        self.written: tuple[str, int, int] | None = None
 
     def after_train_epoch(self, runner) -> None:
         if self.by_epoch and (runner.epoch + 1) % self.interval == 0:
@@ -95,9 +99,14 @@ class Checkpoints(Hook):
         if not self.by_epoch and (runner.iter + 1) % self.interval == 0:
             self._write(runner, f"iter_{runner.iter + 1}.pth", runner.epoch, runner.iter + 1)
 
+    def after_val_epoch(self, runner, metrics: dict | None = None) -> None:
+        if self.written is not None and self.written[2] == runner.iter:
+            self._write(runner, *self.written)
+
     def _write(self, runner, name: str, epoch: int, step: int) -> None:
         if runner.rank:
             return
+        self.written = (name, epoch, step)
         folder = Path(runner.work_dir)
         checkpoint.save(runner, folder / name, epoch, step)
         for old in checkpoint.numbered(folder)[: -self.keep]:
@@ -131,7 +140,8 @@ class MetricsFile(Hook):
         if (runner.iter + 1) % self.interval and runner.iter + 1 != runner.max_iters:
             return
         entry = {k: v.item() for k, v in (outputs or {}).items()}
-        entry["lr"] = runner.optim_wrapper.get_lr()["lr"][0]
+        rates = runner.optim_wrapper.get_lr()
+        entry["lr"] = rates.get("base_lr", rates["lr"])[0]  # with several groups, the one that theirs are factors of
         self._append(runner, runner.iter + 1, runner.epoch + 1, entry)
 
     def after_val_epoch(self, runner, metrics: dict | None = None) -> None:

@@ -47,7 +47,7 @@ class Calibrate(Hook):
 
 
 class Lifecycle(Hook):
-    """Call `on_step`, `on_gradients` and `on_update` of all adapters around each optimizer step, `finalize` at the end."""
+    """Call `on_step`, `on_gradients` and `on_update` of all adapters around each step, and `finalize` at the end."""
 
     priority = 20  # behind the moving average, before files are written
 
@@ -68,12 +68,14 @@ class Lifecycle(Hook):
     def _call(runner, what: str) -> None:
         every = runner.optim_wrapper._accumulative_counts
         step = runner.iter // every
+        rates = runner.optim_wrapper.get_lr()
         progress = Progress(
             step=step,
             total=-(-runner.max_iters // every),
             epoch=runner.epoch,
             epochs=runner.max_epochs,
             generator=torch.Generator().manual_seed((runner.seed or 0) * 1_000_003 + step),
+            lr=rates.get("base_lr", rates["lr"])[0],
         )
         for adapter in unwrap(runner.model).adapted.adapters.values():
             getattr(adapter, what)(progress)

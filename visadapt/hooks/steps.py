@@ -71,11 +71,13 @@ class TrainableEMA(Hook):
         return [(n, p) for n, p in unwrap(runner.model).named_parameters() if p.requires_grad]
 
     def state_dict(self) -> dict[str, Any]:
-        return {"average": {n: v.cpu().clone() for n, v in self.average.items()}}
+        """`average` holds the raw values while the averages are in the model."""
+        return {"average": {n: v.cpu().clone() for n, v in self.average.items()}, "inside": self.inside}
 
     def load_state_dict(self, state: dict[str, Any], runner) -> None:
         device = next(unwrap(runner.model).parameters()).device
         self.average = {n: v.to(device) for n, v in state["average"].items()}
+        self.inside = state["inside"]
 
 
 class EarlyStop(Hook):
@@ -93,14 +95,16 @@ class EarlyStop(Hook):
     def __init__(self, monitor: str = "top1", patience: int = 5, rule: str = "greater", min_delta: float = 0.0) -> None:
         if rule not in ("greater", "less"):
             raise InputError(f"EarlyStop: rule is 'greater' or 'less', got '{rule}'")
+        if patience < 1:
+            raise InputError(f"EarlyStop: patience must be at least 1, got {patience}")
         self.monitor, self.patience, self.min_delta = monitor, patience, min_delta
         self.sign = 1 if rule == "greater" else -1
-        self.best: float | None = None
+        self.best = float("-inf")
         self.waited = 0
 
     def after_val_epoch(self, runner, metrics: dict | None = None) -> None:
         value = self.sign * metric_value(metrics, self.monitor, "EarlyStop")
-        if self.best is None or value > self.best + self.min_delta:
+        if value > self.best + self.min_delta:  # never so for NaN
             self.best, self.waited = value, 0
             return
         self.waited += 1

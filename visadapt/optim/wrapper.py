@@ -53,6 +53,8 @@ class AutocastOptimWrapper(OptimWrapper):
             super().update_params(loss, step_kwargs, zero_kwargs)
             return
         self._inner_count += 1
+        if self.should_update():  # what came before in this accumulation must not run over into the next one
+            self.zero_grad()
         self.bad_steps += 1
         if self.bad_steps >= self.stop_after_nan:
             raise InputError(

@@ -11,11 +11,27 @@ import numpy as np
 import torch
 
 from ..core.io import read_manifest
+from ..core.manifest import OF_TASKS
 from ..datasets.base import to_tensor
 from ..datasets.files import UnreadableImage, read_image
 from ..errors import InputError
 from ..registry import TASKS
 from ..transforms.albu import Albu
+
+
+def available(device: str | None) -> torch.device:
+    """The device of that name; where None, a GPU if there is one.
+
+    Raises:
+        InputError: this machine has none of that name.
+    """
+    count = torch.cuda.device_count()
+    names = ["cpu", *(["cuda"] if count else []), *(f"cuda:{i}" for i in range(count))]
+    if device is None:
+        return torch.device("cuda" if count else "cpu")
+    if device not in names:
+        raise InputError(f"no device '{device}' here; there is {', '.join(names)}")
+    return torch.device(device)
 
 
 class Predictor:
@@ -28,15 +44,18 @@ class Predictor:
         device: "cpu", "cuda", or None for what there is.
 
     Raises:
-        InputError: the file is damaged, has no task, or belongs to another base.
+        InputError: the file is damaged, has no task, or belongs to another base; the device is not there.
     """
 
     def __init__(
         self, path: str | os.PathLike, weights: str | None = None, merge: bool = True, device: str | None = None
     ) -> None:
         manifest = read_manifest(path)
-        if "task" not in manifest:
-            raise InputError(f"{path} holds adapters without a task; predict needs the file of a training run")
+        if missing := [key for key in OF_TASKS if key not in manifest]:
+            raise InputError(f"{path} holds adapters without a {missing[0]}; predict needs the file of a training run")
+        if "main" not in manifest["heads"]:
+            raise InputError(f"{path} holds no head 'main'; predict needs the file of a training run")
+        self.device = available(device)
         backbone = {"type": manifest["backbone"]["type"], **manifest["backbone"]["arguments"]}
         if weights is not None:
             backbone["weights"] = weights
@@ -52,7 +71,6 @@ class Predictor:
         adapted = self.task.adapted
         if merge and any(p.folds and p.on for p in adapted.pieces()):
             adapted.merge()
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.task.to(self.device).eval()
 
     @torch.inference_mode()
@@ -60,7 +78,8 @@ class Predictor:
         """Predictions for images (H, W, C) of any sizes.
 
         Returns:
-            Per image: label (class name), index, score, and scores (all classes, summing to 1).
+            Per image: label (class name), index, score, and scores (all classes, summing to 1); or error, where the
+            scores are not finite.
         """
         ready = [image if self.transform is None else self.transform(image, 0) for image in images]
         scores: list[np.ndarray | None] = [None] * len(ready)
@@ -72,6 +91,8 @@ class Predictor:
         return [self._answer(s) for s in scores]
 
     def _answer(self, scores: np.ndarray) -> dict[str, Any]:
+        if not np.isfinite(scores).all():
+            return {"error": "the scores are not finite; the image holds values far out of range"}
         best = int(scores.argmax())
         named = self.classes[best] if best < len(self.classes) else str(best)
         return {"label": named, "index": best, "score": float(scores[best]), "scores": [float(s) for s in scores]}

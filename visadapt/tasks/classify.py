@@ -8,8 +8,9 @@ import torch
 from mmengine.model import BaseDataPreprocessor, BaseModel
 from torch import Tensor, nn
 
+from ..backbones.base import POOLS
 from ..core.adapted import Adapted
-from ..errors import InputError
+from ..errors import InputError, hint
 from ..registry import ADAPTERS, BACKBONES, HEADS, LOSSES, TASKS, TRANSFORMS
 
 
@@ -23,6 +24,8 @@ class Normalize(BaseDataPreprocessor):
 
     def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         super().__init__()
+        if not all(value > 0 for value in std):
+            raise InputError(f"std must be above 0 in every band, got {tuple(std)}")
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
 
@@ -71,6 +74,8 @@ class ImageClassifier(BaseModel):
         base_mode: str = "eval",
         checkpointing: bool = False,
     ) -> None:
+        if pool not in POOLS:
+            raise InputError(f"unknown pool '{pool}'{hint(pool, POOLS)}")
         built = BACKBONES.build(backbone)
         super().__init__(data_preprocessor=Normalize(built.mean, built.std))
         self.adapted = Adapted(built, base_mode)

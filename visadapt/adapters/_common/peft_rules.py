@@ -92,7 +92,7 @@ REFUSED = {
 }
 
 _SITES = "visadapt chooses the places; use targets and layers"
-_OBJECT = "it serves language models, quantised bases or calibration passes that a bridge cannot run"
+_OBJECT = "it serves language models, quantised or sharded bases, or passes and losses of PEFT's own trainer"
 
 REFUSED_OPTIONS = {
     **dict.fromkeys(
@@ -102,34 +102,36 @@ REFUSED_OPTIONS = {
     **dict.fromkeys(("inference_mode", "task_type", "peft_type", "peft_version", "auto_mapping"), _OBJECT),
     **dict.fromkeys(("base_model_name_or_path", "revision", "megatron_config", "megatron_core"), _OBJECT),
     **dict.fromkeys(("trainable_token_indices", "loftq_config", "eva_config", "corda_config"), _OBJECT),
-    **dict.fromkeys(("lora_ga_config", "velora_config", "monteclora_config", "arrow_config"), _OBJECT),
+    **dict.fromkeys(("lora_ga_config", "monteclora_config", "arrow_config"), _OBJECT),
     **dict.fromkeys(("alora_invocation_tokens", "use_qalora", "qalora_group_size", "layer_replication"), _OBJECT),
     **dict.fromkeys(("runtime_config", "use_bdlora", "ensure_weight_tying"), _OBJECT),
     "kasa_config": "KaSA drops singular values of the base, so that the outputs change before any training",
     "generator_seed": "PEFT keeps a generator in the layer, which cannot be copied or saved",
     "save_only_topk_weights": "files of visadapt hold every tensor",
+    "velora_config": "a part of its state is not in files, so that a run may not be resumed as it was",
 }
 
-_BIAS = "it trains biases of the base, so that with the adapter switched off the base is another one"
+_SEED = "what is drawn from it is not in files but drawn again at loading; give a number"
 
 REFUSED_VALUES = {
-    (
-        "init_lora_weights",
-        "lora_ga",
-    ): "its start comes from gradients that are gone at loading, so a file reads back wrong",
     ("init_lora_weights", "corda"): "it needs covariances of the data and fails on (B, N, C) tokens",
     ("init_lora_weights", "eva"): "it needs a pass over the data that the bridge does not run",
     ("init_lora_weights", "loftq"): "it replaces the base by a quantised one",
-    ("bias", "all"): "it trains the base's own biases, so that the base is another one with the adapter switched off",
-    (
-        "bias",
-        "lora_only",
-    ): "it trains the base's own biases, so that the base is another one with the adapter switched off",
-    ("apply_GS", True): "it divides by zero at PEFT's symmetric start, so that a fresh adapter changes the output",
-    ("random_seed", None): "its random places are not stored and without a seed a file cannot be read back",
-    ("sample_at_inference", True): "outputs would be random in evaluation too",
-    ("save_precomputed_indices", False): "the places come from the base weights and have to be in the file",
+    ("init_lora_weights", "lora_ga"): "it starts from gradients that are gone at loading, so a file reads back wrong",
+    ("proj_seed", None): _SEED,
+    ("random_seed", None): _SEED,
+    ("TinyLoRA.init_weights", False): "PEFT leaves the weights uninitialised then",
 }
+"""By option and value; the tuner stands before the option where only that one breaks."""
+
+ONLY_VALUES = {
+    "apply_GS": (False, "it divides by zero at PEFT's symmetric start, so that a fresh adapter changes the output"),
+    "bias": ("none", "it trains biases of the base, so that with the adapter switched off the base is another one"),
+    "mask_type": ("random", "PEFT has no other mask of its own and options cannot hold a function"),
+    "sample_at_inference": (False, "outputs would be random in evaluation too"),
+    "save_precomputed_indices": (True, "the places come from the base weights and have to be in the file"),
+}
+"""Options of which one value works, with the reason against all others."""
 
 
 def _plain(name: str) -> str:
@@ -156,6 +158,18 @@ def tuner_name(given: str) -> str:
     return name
 
 
+def _against(name: str, option: str, value: Any) -> str | None:
+    """What speaks against a value of an option."""
+    if option.endswith("dropout") and not (isinstance(value, int | float) and 0 <= value < 1):
+        return "it must be in [0, 1)"
+    if option in ONLY_VALUES:
+        good, reason = ONLY_VALUES[option]
+        return None if value == good else reason
+    if isinstance(value, list | dict):
+        return None
+    return REFUSED_VALUES.get((option, value)) or REFUSED_VALUES.get((f"{name}.{option}", value))
+
+
 def check_options(name: str, options: Mapping[str, Any], fields: list[str]) -> None:
     """Refuse options that the tuner does not have or that break the bridge.
 
@@ -173,6 +187,5 @@ def check_options(name: str, options: Mapping[str, Any], fields: list[str]) -> N
         if option not in fields:
             good = [f for f in fields if f not in REFUSED_OPTIONS]
             raise InputError(f"PEFT '{name}' has no option '{option}'{hint(option, good)}")
-        if not isinstance(value, list | dict) and (option, value) in REFUSED_VALUES:
-            reason = REFUSED_VALUES[option, value]
+        if reason := _against(name, option, value):
             raise InputError(f"PEFT '{name}': {option}={value!r} is refused: {reason}")

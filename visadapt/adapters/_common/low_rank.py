@@ -1,0 +1,56 @@
+"""The pair of factors that low-rank methods put their masks and gates between."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...core.kinds import Delta
+from ...core.sites import Site
+from ...errors import InputError
+
+
+class LowRankSite(Delta):
+    """delta = s B A with A (rank, dim_in) Kaiming-uniform and B (dim_out, rank) zero at the start.
+
+    Args:
+        site: a linear; a convolution with `dim_in` as its weights per output.
+        rank: inner width r.
+        scaling: s.
+        dropout: on the input of the update, in training; linears only.
+        owner: the method's name, for messages.
+        dim_in: width of A, that of the site where None.
+
+    Raises:
+        InputError: a rank above the size of the site.
+    """
+
+    def __init__(
+        self,
+        site: Site,
+        rank: int,
+        scaling: float = 1.0,
+        dropout: float = 0.0,
+        owner: str = "LoRA",
+        dim_in: int | None = None,
+    ) -> None:
+        super().__init__(site)
+        dim_in = site.dim_in if dim_in is None else dim_in
+        if rank > min(dim_in, site.dim_out):
+            raise InputError(f"{owner}: rank {rank} exceeds the site {site.key} of {site.dim_out} x {dim_in}")
+        self.a = nn.Parameter(torch.empty(rank, dim_in))
+        self.b = nn.Parameter(torch.zeros(site.dim_out, rank))
+        nn.init.kaiming_uniform_(self.a, a=math.sqrt(5))
+        self.scaling, self.dropout = scaling, dropout
+
+    def by_forward(self) -> bool:
+        return self.training and self.dropout > 0
+
+    def factors(self) -> tuple[Tensor, Tensor, float]:
+        return self.a, self.b, self.scaling
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(F.dropout(x, self.dropout, self.training))
