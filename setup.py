@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent
 REQUIRED = [
     "torch>=2.9",
     "torchvision>=0.24",  # says itself which torch it goes with, which keeps the two a pair
-    "timm>=1.0.20",
+    "timm>=1.0.26",
     "onedl-mmengine>=0.10.12",  # the maintained mmengine; its import name is `mmengine`
     "albumentations==2.0.8",  # the last release under the MIT licence
     "opencv-python",

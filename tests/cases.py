@@ -55,6 +55,16 @@ CAPABILITIES: dict[str, tuple[str, ...]] = {
 }
 """What they offer, for readers that build nothing; a test compares it with the backbones."""
 
+ROLES: dict[str, str] = {
+    "vit": "attn attn_res block fc1 fc2 k mlp mlp_res norm norm1 norm2 patch proj q qkv v",
+    "dinov2": "attn attn_res block fc1 fc2 k mlp mlp_res norm norm1 norm2 patch proj q qkv v",
+    "clip": "attn attn_res block fc1 fc2 k mlp mlp_res norm norm1 norm2 patch proj q qkv v",
+    "eva02": "attn attn_res block fc1 fc2 k mlp mlp_res norm norm1 norm2 patch proj q qkv v",
+    "convnext": "block conv down fc1 fc2 mlp norm norm1 patch stage stem",
+    "resnet": "block conv down norm norm1 patch stage",
+}
+"""Roles of their sites, likewise."""
+
 
 @dataclass(frozen=True)
 class Case:

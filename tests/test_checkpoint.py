@@ -116,6 +116,14 @@ def test_gradients_are_kept_only_while_they_wait_for_more(tmp_path):
         assert bool(checkpoint.read(tmp_path / "a.pth")["gradients"]) == waiting
 
 
+def test_nothing_is_written_while_the_loss_is_no_number(tmp_path):
+    made = run()
+    for loss, written in ((float("nan"), False), (1.0, True)):
+        made.optim_wrapper.update_params(loss * made.model.head.fc.weight.sum())
+        checkpoint.save(made, tmp_path / "a.pth", epoch=0, step=0)
+        assert (tmp_path / "a.pth").exists() == written
+
+
 def test_every_hook_finds_its_own_state(tmp_path):
     def hooks():
         return EarlyStop("top1"), EarlyStop("loss", rule="less")
@@ -132,7 +140,10 @@ def test_every_hook_finds_its_own_state(tmp_path):
     ("other", "message"),
     [
         (lambda: run(world_size=2), "was written by 1 processes, this run has 2"),
-        (lambda: run(classifier(depth=3)), r"belongs to another base \(fingerprint [0-9a-f]{12}\)"),
+        (
+            lambda: run(classifier(depth=3)),
+            r"was made for the base with fingerprint [0-9a-f]{12}; this backbone has [0-9a-f]{12}",
+        ),
         (lambda: run(classifier(rank=3)), "belongs to another model: 8 tensors differ, first adapted.adapters.main"),
         (lambda: run(layer_decay=0.5), "was written with other optimizer settings .*param"),
         (lambda: run(schedulers=2), "was written with other optimizer settings"),

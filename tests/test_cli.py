@@ -173,11 +173,15 @@ def test_list_says_what_is_registered(capsys):
 
 def test_backbones_without_what_an_adapter_needs_are_not_tested(monkeypatch, capsys, tmp_path):
     (tmp_path / "tests").mkdir()
-    capabilities = 'CAPABILITIES: dict = {"plain": ("maps",), "full": ("prompts", "tokens")}'
-    (tmp_path / "tests" / "cases.py").write_text(f'{capabilities}\nCASES = [Case("VPT"), Case("LoRA")]\n')
+    (tmp_path / "tests" / "cases.py").write_text(
+        'CAPABILITIES: dict = {"plain": ("maps",), "full": ("prompts", "tokens")}\n'
+        'ROLES: dict = {"plain": "q v norm", "full": "block fc1 q v"}\n'
+        'CASES = [Case("VPT"), Case("LoRA"), Case("SSF", dict(targets=("fc1",))), Case("Pfeiffer")]\n'
+    )
     monkeypatch.setattr(importlib.import_module("visadapt.commands.list"), "REPOSITORY", tmp_path)
     found = {row["name"]: row["tested_backbones"] for row in rows(capsys, "list", "adapters")}
     assert found["VPT"] == ["full"] and found["LoRA"] == ["plain", "full"] and found["BitFit"] == []
+    assert found["SSF"] == ["full"] and found["Pfeiffer"] == []
 
 
 @pytest.mark.parametrize("name", ["test_vit", "TimmViT:test_vit"])
@@ -262,7 +266,7 @@ def test_doctor_on_this_machine(capsys):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"timm": None}, "visadapt needs timm>=1.0.20, which is missing; run: pip install 'timm>=1.0.20'"),
+        ({"timm": None}, "visadapt needs timm>=1.0.26, which is missing; run: pip install 'timm>=1.0.26'"),
         ({"torch": "2.8.1"}, "visadapt needs torch>=2.9, which is there as 2.8.1"),
         ({"albumentations": "2.0.9"}, "albumentations==2.0.8, which is there as 2.0.9"),
         ({"mmengine": "0.10.7"}, "mmengine is installed over onedl-mmengine"),

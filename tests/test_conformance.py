@@ -11,12 +11,13 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.distributed as dist
-from cases import CAPABILITIES, CASES, TINY, Case
+from cases import CAPABILITIES, CASES, ROLES, TINY, Case
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 
+from visadapt.commands.list import read_cases
 from visadapt.core.adapted import Adapted
 from visadapt.core.io import read_manifest, read_tensors
 from visadapt.core.sites import select
@@ -212,8 +213,18 @@ def test_every_kind_has_an_adapter(kind):
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_literal_capabilities_are_those_of_the_backbone(name):
+def test_literal_capabilities_and_roles_are_those_of_the_backbone(name):
     assert set(CAPABILITIES[name]) == pristine(name).capabilities
+    assert set(ROLES[name].split()) == {site.role for site in pristine(name).sites()}
+
+
+def test_list_names_the_backbones_that_are_tested():
+    cases, run = read_cases(), {}
+    for pair in ALL:
+        run.setdefault(pair.case.adapter, set()).add(pair.backbone)
+    for entry in ADAPTERS.entries():
+        if entry.name in run:  # rows whose package is missing are skipped
+            assert set(cases.backbones(entry)) == run[entry.name], entry.name
 
 
 @every_pair
@@ -234,10 +245,7 @@ def test_identity_at_init_is_as_declared(pair):
     fresh = outputs(adapted, x)
     with adapted.disabled():
         error = difference(fresh, outputs(adapted, x))
-    if adapted.adapters["a"].identity_at_init:
-        assert error <= 1e-10
-    else:
-        assert error > 1e-4
+    assert (error <= 1e-10) == adapted.adapters["a"].identity_at_init
 
 
 @every_pair

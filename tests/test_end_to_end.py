@@ -339,7 +339,7 @@ def test_two_processes(config, tmp_path):
         (["model.adapters.main.rnak=8"], "rank"),
         (["model.adapters.main.targets=['qq']"], "matches no site"),
         (["model.adapters.main.rank=400"], "exceeds the site"),
-        (["model.head.num_classes=3"], "does not fit the head"),
+        (["model.head.num_classes=3"], "the head has 3"),
     ],
 )
 def test_wrong_settings_are_one_line(config, tmp_path, capsys, words, expected):

@@ -10,7 +10,7 @@ from collections import OrderedDict
 import pytest
 import torch
 from cases import TINY
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -25,6 +25,7 @@ from visadapt.core.adapter import Adapter
 from visadapt.core.inject import WeightForward
 from visadapt.core.kinds import Delta, WeightMap
 from visadapt.core.sites import ROLES, Site
+from visadapt.core.sparse import Entries
 from visadapt.errors import InputError
 from visadapt.testing import TOLERANCES, assert_close, difference, noise, tiny_backbone
 
@@ -66,6 +67,22 @@ class Dense(Delta):
         return self.d
 
 
+class Few(Delta):
+    """A delta of about a third of the entries, which a merge exchanges one by one."""
+
+    def __init__(self, site):
+        super().__init__(site)
+        self.index = (torch.rand(site.dim_out * site.dim_in) < 0.3).nonzero()[:, 0]
+        self.few = nn.Parameter(torch.randn(len(self.index)))
+
+    def delta(self):
+        flat = self.few.new_zeros(self.site.dim_out * self.site.dim_in)
+        return flat.index_add(0, self.index, self.few).view(self.site.dim_out, self.site.dim_in)
+
+    def entries(self):
+        return Entries(self.index, self.few)
+
+
 class Own(Adapter):
     """Makes one piece per site with the given function."""
 
@@ -87,6 +104,7 @@ MADE = {
     "lora": lambda role: LoRA(rank=1, alpha=0.7, targets=[role]),
     "dense": lambda role: dense([role]),
     "ssf": lambda role: SSF(targets=[role]),
+    "few": lambda role: Own(Few, [role]),
     "bitfit": lambda role: BitFit(targets=[role]),
 }
 MAPS = {"ssf", "bitfit"}
@@ -131,6 +149,8 @@ def by_rule(adapted, names=None):
             b[rows] += s * (values["gamma"] * b[rows] + values["beta"] - b[rows])
         elif "db" in values:
             b[rows] += s * values["db"]
+        elif "few" in values:
+            w[rows] += s * piece.delta().detach().double()
         else:
             w[rows] += s * (values["d"] if "d" in values else 0.7 * values["b"] @ values["a"])
     return w, b
@@ -209,8 +229,13 @@ def test_merge_of_some_adapters_gives_the_same_or_is_refused(setup, seed, data):
     assert_unchanged(adapted, before)
 
 
+ROWS = [(0, 2), (2, 4), (1, 3)]
+
+
 @many
 @given(setups(), st.sampled_from([torch.bfloat16, torch.float16]), st.integers(0, 9))
+@example(((6, 7, True, ROWS), [("few", "qkv", 0.3)]), torch.bfloat16, 0)
+@example(((6, 7, True, ROWS), [("few", "q", 1.0), ("few", "k", -2.0)]), torch.float16, 1)
 def test_weights_in_half_precision_are_rounded_once(setup, dtype, seed):
     adapted, _ = build(setup, dtype, seed)
     (w, b), before = by_rule(adapted), snapshot(adapted)
@@ -243,7 +268,9 @@ def piece(adapted, key="trunk_01_q", name="a"):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("make", [lambda: LoRA(rank=2), SSF], ids=["delta", "map"])
+@pytest.mark.parametrize(
+    "make", [lambda: LoRA(rank=2), SSF, lambda: Own(Few, ["fc1", "fc2"])], ids=["delta", "map", "sparse"]
+)
 def test_non_finite_weights_are_refused_and_nothing_is_changed(make, value):
     """The last block is the bad one, so that a merge which writes as it goes would have changed the first."""
     adapted = vit(a=make())

@@ -23,6 +23,7 @@ from visadapt.core.context import Context
 from visadapt.core.inject import WeightForward, effective
 from visadapt.core.kinds import Delta
 from visadapt.core.sites import Site
+from visadapt.core.sparse import Entries
 from visadapt.errors import InputError
 from visadapt.testing import assert_close, difference, noise, tiny_backbone
 
@@ -39,6 +40,20 @@ class Dense(Delta):
         return self.d
 
 
+class Few(Delta):
+    """The first entries of the weight."""
+
+    def __init__(self, site):
+        super().__init__(site)
+        self.few = nn.Parameter(torch.randn(3))
+
+    def delta(self):
+        return F.pad(self.few, (0, self.site.dim_out * self.site.dim_in - 3)).view(self.site.dim_out, -1)
+
+    def entries(self):
+        return Entries(torch.arange(3), self.few)
+
+
 DIM_IN, DIM_OUT = 4, 6
 SHAPES = {  # of what the linear receives: images x windows B, batch dimension
     "vectors": (lambda b: (b, DIM_IN), 0),
@@ -47,12 +62,12 @@ SHAPES = {  # of what the linear receives: images x windows B, batch dimension
     "LNC": (lambda b: (5, b, DIM_IN), 1),
     "HWNC": (lambda b: (2, 3, b, DIM_IN), 2),
 }
-MAKES = {"1": 1, "2": 2, "3": 3, "dense": Dense, "ssf": ScaleShift}
+MAKES = {"1": 1, "2": 2, "3": 3, "dense": Dense, "few": Few, "ssf": ScaleShift}
 """Sorts of pieces; numbers are ranks of LoRA."""
 
 pieces_of_one = st.lists(
     st.tuples(
-        st.sampled_from(["1", "2", "3", "3", "dense", "ssf"]),
+        st.sampled_from(["1", "2", "3", "3", "dense", "few", "ssf"]),
         st.sampled_from([None, (0, 3), (3, 6), (2, 5)]),
         st.sampled_from([1.0, 0.4, -2.0]),
     ),

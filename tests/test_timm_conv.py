@@ -1,31 +1,27 @@
-"""TimmConv on the families of ResNets and ConvNeXts that timm has, against timm itself; adapters on convolutions."""
+"""TimmConv on the families of ResNets and ConvNeXts that timm has, against timm itself."""
 
 from __future__ import annotations
 
 import copy
 import functools
+import re
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from safetensors.torch import save_file
 from timm.layers import DropPath
 from torch import nn
 
-from visadapt.adapters.bitfit import BitFit
-from visadapt.adapters.layernorm import LayerNormTuning
-from visadapt.adapters.lora import LoRA
-from visadapt.adapters.ssf import SSF, ScaleShift
+from visadapt.adapters.ssf import SSF
+from visadapt.backbones.patch_embed import BAND_MODES
 from visadapt.backbones.timm_conv import TimmConv
 from visadapt.core.adapted import Adapted
-from visadapt.core.adapter import Adapter
-from visadapt.core.context import Context
-from visadapt.core.inject import WeightForward
-from visadapt.core.kinds import Delta, Tokens
-from visadapt.core.sites import CONVS, LINEARS, NORMS, WEIGHTS, Site
+from visadapt.core.sites import CONVS, LINEARS, NORMS, WEIGHTS
 from visadapt.errors import InputError
-from visadapt.testing import assert_close, difference, noise, tiny_backbone
+from visadapt.registry import BACKBONES
+from visadapt.testing import assert_close, difference, tiny_backbone
 
 CHANNELS = dict(channels=(8, 12, 8, 16), layers=(1, 2, 1, 1))
 DIMS = dict(dims=(8, 12, 8, 16), depths=(1, 2, 1, 1), ls_init_value=1.0)
@@ -74,41 +70,6 @@ def joined(features):
 @torch.no_grad()
 def run(backbone, x):
     return joined(backbone(x))
-
-
-class Own(Adapter):
-    """Makes one piece per site with the given function."""
-
-    def __init__(self, piece, targets, **options):
-        super().__init__(targets, **options)
-        self.piece = piece
-
-    def make(self, site, backbone, shared):
-        return self.piece(site, backbone.body.get_submodule(site.path))
-
-
-class Dense(Delta):
-    """A delta with the shape of the weight, whatever its groups."""
-
-    def __init__(self, site, module):
-        super().__init__(site)
-        self.d = nn.Parameter(torch.randn_like(module.weight[slice(*(site.rows or (None,)))]) / 10)
-
-    def delta(self):
-        return self.d
-
-
-class Gain(Tokens):
-    """y' = gain * y per channel, on any layout."""
-
-    def __init__(self, site, module):
-        super().__init__(site)
-        self.gain = nn.Parameter(torch.ones(site.dim_out))
-
-    def forward(self, x, y, ctx):
-        dims = (x.shape[self.site.channels], y.shape[self.site.channels])
-        assert dims == (self.site.dim_in, self.site.dim_out), self.site.key
-        return y * (self.gain.view(-1, 1, 1) if self.site.channels == 1 else self.gain)
 
 
 # ---- equal to timm ---------------------------------------------------------------------------------------------------
@@ -235,182 +196,168 @@ def test_batch_norms_keep_their_statistics_when_the_base_trains():
     assert all(torch.equal(v, before[k]) for k, v in adapted.backbone.body.state_dict().items())
 
 
-# ---- weights of convolutions and norms -------------------------------------------------------------------------------
-def changed_by_hand(adapted):
-    """The bare network with the weights that the formulas of the adapters give."""
-    twin = copy.deepcopy(adapted)
-    for name in adapted.adapters:
-        twin.remove(name)
-    twin = twin.backbone
-    for adapter in adapted.adapters.values():
-        for piece in adapter.pieces.values():
-            module, values = twin.body.get_submodule(piece.site.path), dict(piece.named_parameters())
-            bias = module.weight.new_zeros(piece.site.dim_out) if module.bias is None else module.bias.data
-            column = (-1, *[1] * (module.weight.ndim - 1))
-            with torch.no_grad():
-                if isinstance(piece, ScaleShift):
-                    module.weight.mul_(values["gamma"].view(column))
-                    bias = values["gamma"] * bias + values["beta"]
-                elif "db" in values:
-                    bias = bias + values["db"]
-                    module.weight.add_(values.get("dw", torch.zeros(())))
-                else:
-                    module.weight.add_(values["d"])
-                module.bias = nn.Parameter(bias)
-    return twin
+# ---- weights ---------------------------------------------------------------------------------------------------------
+def saved(state, path):
+    if path.suffix == ".safetensors":
+        save_file({k: v.contiguous() for k, v in state.items()}, path)
+    else:
+        torch.save(state, path)
+    return str(path)
 
 
-@every_family
-@pytest.mark.parametrize("names", ["d", "s", "sd", "bd", "n"])
-def test_adapted_weights_are_those_written_by_hand(family, names):
-    """Every weight at once: strides, padding, groups, dilation, statistics and layouts are the module's own."""
-    torch.manual_seed(0)
-    makes = dict(d=lambda: Own(Dense, ["all-weights"]), s=SSF, b=BitFit, n=LayerNormTuning)
-    adapted, x = Adapted(copy.deepcopy(pristine(family))).eval(), images(64, 70).double()
-    if family == "rms" and "n" in names:
-        return  # its norms are none that the core knows
-    for seed, name in enumerate(names):
-        noise(adapted.add(name, makes[name]()), std=0.05, seed=seed)
-    expected = run(changed_by_hand(adapted.double()), x)
-    with adapted.disabled():
-        assert difference(expected, run(adapted, x)) > 1e-2
-    with torch.enable_grad():  # where SSF runs behind the module
-        assert_close(joined(adapted(x)).detach(), expected, "in training")
-    assert_close(run(adapted, x), expected)
-    adapted.merge(check=x)
-    assert_close(run(adapted, x), expected, "merged")
+def from_file(family, tmp_path, monkeypatch, **options):
+    path = saved(pristine(family).body.state_dict(), tmp_path / "rgb.safetensors")
+    return BACKBONES.build(config(family, weights=path, **options)).eval()
 
 
-pieces_of_a_convolution = st.lists(
-    st.tuples(
-        st.sampled_from([Dense, ScaleShift]),
-        st.sampled_from([None, (0, 4), (2, 6)]),
-        st.sampled_from([1.0, 0.4, -2.0]),
-    ),
-    min_size=1,
-    max_size=4,
-)
+def from_hub(family, tmp_path, monkeypatch, **options):
+    create = timm.create_model
+
+    def fetch(name, pretrained, **kwargs):
+        assert pretrained and kwargs["in_chans"] == 3, "the hub has RGB weights"
+        model = create(name, pretrained=False, **kwargs)
+        model.load_state_dict(pristine(family).body.state_dict())
+        return model
+
+    monkeypatch.setattr(timm, "create_model", fetch)
+    return BACKBONES.build(config(family, weights="timm", **options)).eval()
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
-@given(
-    owners=st.lists(pieces_of_a_convolution, min_size=1, max_size=2),
-    groups=st.sampled_from([1, 2, 6]),
-    bias=st.booleans(),
-    routed=st.booleans(),
-    shape=st.sampled_from([(3, 2, 1, 1), (2, 2, 0, 1), (3, 1, "same", 2)]),
-)
-def test_row_slices_of_any_convolution(owners, groups, bias, routed, shape):
-    """Maps in order, then deltas, each on its channels; alone and with an adapter per image."""
-    torch.manual_seed(0)
-    kernel, stride, padding, dilation = shape
-    conv = nn.Conv2d(6, 6, kernel, stride, padding, dilation, groups, bias).double().requires_grad_(False)
-    forward, x = WeightForward(conv, Context()), torch.randn(3, 6, 9, 7, dtype=torch.float64)
-    for n, chosen in enumerate(owners):
-        for make, rows, scale in chosen:
-            site = Site("x", "conv", 0, 6, 6 if rows is None else rows[1] - rows[0], rows=rows, layout="NCHW")
-            piece = (make(site) if make is ScaleShift else make(site, conv)).double()
-            noise(piece, std=0.3, seed=n)
-            piece.owner, piece.scale, piece.on = f"a{n}", scale, not routed
-            forward.pieces.append(piece)
-    ids = ["a0", None, "a1"] if routed else [None] * 3
-    forward.ctx.ids = ids if routed else None
-    expected = torch.cat([by_rule(conv, x[i : i + 1], forward.pieces, ids[i], routed) for i in range(3)])
-    assert_close(forward(x).detach(), expected, "with gradients")
-    with torch.no_grad():
-        assert_close(forward(x), expected, "without gradients")
-
-
+@pytest.mark.parametrize("mode", BAND_MODES)
+@pytest.mark.parametrize("bands", [1, 5])
+@pytest.mark.parametrize("source", [from_file, from_hub])
+@pytest.mark.parametrize("family", ["basic", "deep stem", "convnext", "overlap"])
 @torch.no_grad()
-def by_rule(conv, x, pieces, owner, routed):
-    """One image through the weights that its pieces make."""
-    twin = copy.deepcopy(conv)
-    w, b = twin.weight.data, torch.zeros(6).double() if conv.bias is None else twin.bias.data
-    mine = [p for p in pieces if not routed or p.owner == owner]
-    for piece in sorted(mine, key=lambda p: isinstance(p, Delta)):
-        rows, s = slice(*(piece.site.rows or (None,))), piece.scale
-        if isinstance(piece, Delta):
-            w[rows] += s * piece.d
-        else:
-            w[rows] += s * (piece.gamma.view(-1, 1, 1, 1) - 1) * w[rows]
-            b[rows] += s * (piece.gamma * b[rows] + piece.beta - b[rows])
-    return twin._conv_forward(x, w, b)
+def test_bands(family, source, bands, mode, tmp_path, monkeypatch):
+    build = functools.partial(source, family, tmp_path, monkeypatch, in_chans=bands, bands=mode)
+    if mode == "zero" and bands < 3:
+        with pytest.raises(InputError, match="mode 'zero' keeps red, green and blue"):
+            build()
+        return
+    backbone, rgb, x = build(), pristine(family), images(40, 33, bands=bands)
+    assert backbone.in_chans == backbone.sites()[0].dim_in == len(backbone.mean) == len(backbone.std) == bands
+    if mode == "zero":
+        assert_close(run(backbone, x), run(rgb, x[:, :3]))
+    else:
+        grey = x[:, :1]
+        assert_close(run(backbone, grey.expand(-1, bands, -1, -1)), run(rgb, grey.expand(-1, 3, -1, -1)))
+    with pytest.raises(InputError, match=rf"TimmConv takes \(B, {bands}, H, W\) images, got"):
+        backbone(x[:, :0])
 
 
-@pytest.mark.parametrize("family", ["deep stem", "groups", "convnext", "conv mlp"])
-@pytest.mark.parametrize("autocast", [False, True])
+def torchvision(state):
+    """As torchvision's first ResNets were stored: a classifier, and no counters in the batch norms."""
+    state = {k: v for k, v in state.items() if "num_batches_tracked" not in k}
+    return {"state_dict": {f"module.{k}": v for k, v in state.items()} | {"module.fc.weight": torch.zeros(7, 16)}}
+
+
+def official(state):
+    """As Meta stores its ConvNeXts; what V2 calls grn is four-dimensional there."""
+    found = {}
+    for key, value in state.items():
+        key = key.replace("stem.", "downsample_layers.0.").replace("head.norm.", "norm.")
+        key = re.sub(r"stages\.(\d)\.downsample", r"downsample_layers.\1", key).replace(".blocks", "")
+        key = key.replace("conv_dw", "dwconv").replace("mlp.fc", "pwconv")
+        key = key.replace("mlp.grn.weight", "grn.gamma").replace("mlp.grn.bias", "grn.beta")
+        value = value.flatten(1) if "pwconv" in key and value.ndim == 4 else value
+        found[key] = value.view(1, 1, 1, -1) if "grn" in key else value
+    return {"model": found | {"head.weight": torch.zeros(7, 16), "head.bias": torch.zeros(7)}}
+
+
+def open_clip(state):
+    found = {f"visual.trunk.{k}": v for k, v in state.items()} | {"visual.head.proj.weight": torch.zeros(4, 16)}
+    return found | {"text.token_embedding.weight": torch.zeros(3, 2)}
+
+
+LAYOUTS = [
+    ("basic", dict, "timm", set()),
+    ("bottleneck", torchvision, "timm", {"fc.weight"}),
+    ("deep stem", torchvision, "timm", {"fc.weight"}),
+    ("convnext", dict, "timm", set()),
+    ("convnext", official, "convnext", {"head.fc.weight", "head.fc.bias"}),
+    ("conv mlp", official, "convnext", {"head.fc.weight", "head.fc.bias"}),
+    ("v2", official, "convnext", {"head.fc.weight", "head.fc.bias"}),
+    ("convnext", open_clip, "convnext", {"head.fc.weight", "head.fc.bias", "text.token_embedding.weight"}),
+]
+
+
+@pytest.mark.parametrize(("family", "form", "layout", "dropped"), LAYOUTS)
 @torch.no_grad()
-def test_images_of_one_batch_have_an_adapter_each(family, autocast):
-    torch.manual_seed(0)
-    adapted, x = Adapted(copy.deepcopy(pristine(family))).eval(), images(64, 70, batch=5)
-    made = {"dense": Own(Dense, ["all-weights"]), "ssf": SSF(), "norms": LayerNormTuning()}
-    if family == "convnext":
-        made["lora"] = LoRA(rank=2, targets=["fc1", "fc2"])
-    for seed, (name, adapter) in enumerate(made.items()):
-        noise(adapted.add(name, adapter, enable=False), std=0.05, seed=seed)
-    if not autocast:
-        adapted.double()
-    ids = ["ssf", None, "dense", [*made][-1], "norms"]
-    x = x if autocast else x.double()
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        single = {name: run_only(adapted, name, x) for name in {*ids}}
-        adapted.route(ids)
-        mixed = run(adapted, x)
-    for i, name in enumerate(ids):
-        assert_close(mixed[i], single[name][i], f"image {i} with {name}")
+def test_published_layouts(family, form, layout, dropped, tmp_path):
+    if family == "conv mlp" and form is official:  # Meta's networks have the norm behind the pooling
+        source = tiny_backbone(config("convnext") | dict(arch=DIMS | dict(conv_mlp=True)))
+    else:
+        source = pristine(family)
+    path = saved(form(source.body.state_dict()), tmp_path / "weights.pth")
+    target = BACKBONES.build(dict(type="TimmConv", name=source.name, arch=source.arch, weights=path)).eval()
+    assert_close(run(target, images(32, 64)), run(source, images(32, 64)), tolerance=0)
+    assert target.weight_report.layout == layout and set(target.weight_report.dropped) == dropped
+    assert target.weight_report.missing == ()
 
 
-def run_only(adapted, name, x):
-    with adapted.only(*([] if name is None else [name])):
-        return run(adapted, x)
+def test_a_pretrained_network_without_the_last_norm_says_so(tmp_path):
+    state = {k: v for k, v in pristine("v2").body.state_dict().items() if not k.startswith("head.")}
+    report = BACKBONES.build(config("v2", weights=saved(state, tmp_path / "fcmae.pth"))).weight_report
+    assert set(report.missing) == {"head.norm.weight", "head.norm.bias"} and "not in the file head.norm" in str(report)
 
 
-# ---- pieces at blocks, stages and the stem ---------------------------------------------------------------------------
-@pytest.mark.parametrize("family", ["bottleneck", "convnext", "conv mlp"])
-def test_checkpointing_runs_what_sits_at_every_level(family):
-    """timm calls the blocks of a ResNet past their stage when it saves memory."""
-    adapted, x = Adapted(copy.deepcopy(pristine(family))), images(64, 70)
-    offered = {s.role for s in adapted.backbone.sites()}
-    targets = [r for r in ("stem", "stage", "block", "mlp", "conv", "norm1", "fc2") if r in offered]
-    adapter = adapted.add("a", Own(Gain, targets))
-    noise(adapter)
-    adapted.set_trainable("a")
-    runs, gradients = [], []
-    last = [s.path for s in adapted.backbone.sites() if s.role == "block"][-1]
-    adapted.backbone.body.get_submodule(last).register_forward_pre_hook(lambda *_: runs.append(1))
-    for saving in (False, True):
-        adapted.backbone.body.set_grad_checkpointing(saving)
-        adapted.zero_grad()
-        joined(adapted(x)).square().sum().backward()
-        gradients.append({n: p.grad.clone() for n, p in adapter.named_parameters()})
-    assert len(runs) == 3  # once, and twice where activations are not kept
-    for name, gradient in gradients[0].items():
-        assert gradient.abs().sum() > 1e-6, name
-        size = max(1.0, gradient.abs().max().item())
-        assert_close(gradients[1][name] / size, gradient / size, name)
+@pytest.mark.parametrize(
+    ("family", "form", "name", "message"),
+    [
+        ("basic", dict, "basic", "it lacks layer2.1.conv1.weight"),
+        ("convnext", official, "convnext", "it lacks stages.1.blocks.1"),
+        ("convnext", dict, "basic", "it has also stem.0.weight"),
+        ("basic", dict, "convnext", "it has also conv1.weight"),
+        ("convnext", official, "basic", "it lacks conv1.weight"),
+    ],
+)
+def test_weights_of_another_architecture_are_refused(family, form, name, message, tmp_path):
+    lacking = {k: v for k, v in pristine(family).body.state_dict().items() if not re.match(r".*[2s]\.1\.", k)}
+    state = lacking if family == name else pristine(family).body.state_dict()
+    path = saved(form(state), tmp_path / "weights.pth")
+    with pytest.raises(InputError, match=re.escape(message) + "|made for another architecture") as caught:
+        BACKBONES.build(config(name, weights=path))
+    assert "made for another architecture" in str(caught.value) and "\n" not in str(caught.value)
 
 
-@pytest.mark.compile
-@pytest.mark.parametrize("family", ["basic", "convnext"])
-def test_compiles_and_exports(family):
-    class Plain(nn.Module):
-        def __init__(self, adapted):
-            super().__init__()
-            self.adapted = adapted
+# ---- the rest --------------------------------------------------------------------------------------------------------
+def test_statistics_and_arguments_rebuild_it():
+    options = dict(in_chans=4, bands="mean", out_indices=(0, -1), std=[1.0] * 4)
+    backbone = BACKBONES.build(config("convnext", **options))
+    assert backbone.mean[:3] == pytest.approx([255 * v for v in timm.data.IMAGENET_DEFAULT_MEAN])
+    again = BACKBONES.build({"type": "TimmConv", **backbone.arguments()})
+    assert again.arguments() == backbone.arguments() and again.sites() == backbone.sites()
+    assert again.out_indices == (0, 3) and again.std == (1.0,) * 4 and again.mean == backbone.mean
 
-        def forward(self, x):
-            return joined(self.adapted(x))
 
-    adapted, x = Adapted(copy.deepcopy(pristine(family))).eval(), images(64, 64)
-    noise(adapted.add("s", SSF()), std=0.05)
-    noise(adapted.add("d", Own(Dense, ["all-weights"])), std=0.05)
-    adapted.set_trainable("s", "d")
-    torch.compiler.reset()
-    compiled = torch.compile(Plain(adapted), backend="eager", fullgraph=True)
-    trained = list(adapted.adapters.parameters())
-    found = torch.autograd.grad(compiled(x).square().mean(), trained)
-    for got, wanted in zip(found, torch.autograd.grad(joined(adapted(x)).square().mean(), trained)):
-        assert_close(got, wanted, "gradient")
-    with torch.no_grad():
-        assert_close(compiled(x), run(adapted, x))
-        assert_close(torch.export.export(Plain(adapted), (x,)).module()(x), run(adapted, x))
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("vit_tiny_patch16_224", {}, "'vit_tiny_patch16_224' is a VisionTransformer; TimmConv takes ResNets and"),
+        ("efficientnet_b0", {}, "is a EfficientNet; TimmConv takes ResNets and ConvNeXts"),
+        ("resnet81", {}, "timm has no model 'resnet81' (did you mean 'resnet18'"),
+        ("convnext_tny", {}, "(did you mean 'convnext_tiny'"),
+        ("resnet18", dict(arch=dict(global_pool="")), "has no pooling and so no vector per image; set global_pool"),
+        ("convnext_atto", dict(arch=dict(global_pool="")), "has no pooling and so no vector per image"),
+        ("resnet18", dict(arch=dict(output_stride=4)), "TimmConv('resnet18', weights=None) cannot be built: Assertion"),
+        ("resnet18", dict(arch=dict(channel=8)), "unexpected keyword argument 'channel'"),
+        ("resnet18", dict(in_chans=0), "TimmConv: in_chans must be a whole number of at least 1, got 0"),
+        ("resnet18", dict(bands="maen"), "TimmConv: unknown bands 'maen' (did you mean 'mean'?)"),
+        ("resnet18", dict(weights="imagenet"), "TimmConv weights 'imagenet': no such file, nor 'timm', 'timm:<tag>'"),
+        ("resnet18", dict(mean=[1.0]), "TimmConv: mean has 1 values for 3 bands"),
+        ("resnet18", dict(std=[1.0, 0.0, 1.0]), "TimmConv: std must be finite and above 0"),
+    ],
+)
+def test_what_makes_no_sense(name, options, message):
+    with pytest.raises(InputError) as caught:
+        TimmConv(name, **options)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_no_network(monkeypatch):
+    def fail(name, **kwargs):
+        raise OSError("we cannot connect\nto the hub")
+
+    monkeypatch.setattr(timm, "create_model", fail)
+    with pytest.raises(InputError, match=r"weights of 'resnet18' could not be fetched by timm .*; give a file"):
+        TimmConv("resnet18", weights="timm")

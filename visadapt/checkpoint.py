@@ -135,8 +135,8 @@ def restore(runner, path: Path) -> None:
         raise InputError(f"{path} was written by {meta['world_size']} processes, this run has {runner.world_size}")
     if content["fingerprint"] != (here := fingerprint(_adapted(model))):
         raise InputError(
-            f"{path} was made for the base with fingerprint {content['fingerprint'][:12]}; this backbone has {here[:12]}. "
-            "Load the same base weights"
+            f"{path} was made for the base with fingerprint {content['fingerprint'][:12]}; this backbone has "
+            f"{here[:12]}. Load the same base weights"
         )
     state, own = content["state_dict"], trained_state(model)
     different = sorted(set(state) ^ set(own)) or [k for k in own if own[k].shape != state[k].shape]

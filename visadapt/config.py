@@ -148,7 +148,9 @@ def _is_read(node: ast.Name) -> bool:
 def _check(tree: dict[str, Any]) -> Iterator[str]:
     """Everything that is wrong with a config; short names of our registries become dotted ones on the way."""
     yield from (f"unknown top-level key '{key}'{hint(key, TOP_KEYS)}" for key in tree if key not in TOP_KEYS)
-    yield from (f"{key} does nothing in a config; use {option}" for key, option in COMMAND_LINE.items() if tree.get(key))
+    yield from (
+        f"{key} does nothing in a config; use {option}" for key, option in COMMAND_LINE.items() if tree.get(key)
+    )
     model = tree.get("model")
     if not isinstance(model, dict) or "type" not in model:
         yield "a config needs model=dict(type=...)"

@@ -65,7 +65,9 @@ class AdaptRunner(Runner):
                 checkpoint.restore(self, written[-1])
             except (KeyError, AttributeError, TypeError) as error:  # whole, but not what this version writes
                 said = f"{type(error).__name__}: {error}"
-                raise InputError(f"{written[-1]} does not hold what a checkpoint of this version holds ({said})") from error
+                raise InputError(
+                    f"{written[-1]} does not hold what a checkpoint of this version holds ({said})"
+                ) from error
             print(f"resumed from {written[-1]} at epoch {self.epoch}, step {self.iter}", flush=True)
         self._has_loaded = True
 
@@ -81,7 +83,9 @@ def check_classes(task: nn.Module, dataset: Any, where: str) -> None:
     classes = getattr(dataset, "classes", ())
     for head in task.heads.values():
         count = getattr(head, "num_classes", None)
-        if classes and count is not None and (len(classes) > count or where != "train_dataloader" and len(classes) < count):
+        if not classes or count is None:
+            continue
+        if len(classes) > count or (len(classes) < count and where != "train_dataloader"):
             raise InputError(f"{where}: the data set has {len(classes)} classes, the head has {count}; set num_classes")
 
 

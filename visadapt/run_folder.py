@@ -30,8 +30,8 @@ def claim(folder: Path, resume: bool, overwrite: bool) -> None:
     """Make the folder of a run; an earlier run in it is neither mixed with the new one nor lost by accident.
 
     Raises:
-        InputError: the folder cannot be made; it holds a run, and neither resume nor overwrite was asked for; or it holds
-            a config that is no run's.
+        InputError: the folder cannot be made; it holds a run, and neither resume nor overwrite was asked for; or it
+            holds a config that is no run's.
     """
     if (folder / "metrics.jsonl").exists():
         if not resume and not overwrite:

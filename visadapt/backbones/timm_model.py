@@ -38,6 +38,7 @@ class TimmModel(Backbone):
         family: what the family is called in messages, in the plural.
         level: what a level is called in messages, in the plural.
         options: further arguments for timm.
+        own_weights: names of weights beside files and timm's hub.
         strides: pixels per cell of each map of `out_indices`, of the last level where there is none.
     """
 
@@ -45,6 +46,7 @@ class TimmModel(Backbone):
     family: ClassVar[str] = ""
     level: ClassVar[str] = "blocks"
     options: ClassVar[dict[str, Any]] = {}
+    own_weights: ClassVar[tuple[str, ...]] = ()
 
     def __init__(
         self,
@@ -99,7 +101,8 @@ class TimmModel(Backbone):
             raise InputError(f"timm has no model '{base}'{hint(base, self.known_models())}")
         remote = self.weights is not None and not is_local(self.weights)
         if remote and not (self.weights == "timm" or self.weights.startswith("timm:")):
-            raise InputError(f"{self.who} weights '{self.weights}': no such file, nor 'timm' or 'timm:<tag>'")
+            others = "".join(f", '{name}'" for name in self.own_weights)
+            raise InputError(f"{self.who} weights '{self.weights}': no such file, nor 'timm', 'timm:<tag>'{others}")
         if remote and self.weights != "timm":
             tag = self.weights.removeprefix("timm:")
         full = f"{base}.{tag}" if tag else base

@@ -2,35 +2,24 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
-from textwrap import shorten
-from typing import Any
+from collections.abc import Iterator
 
-import timm
-import torch.nn.functional as F
 from timm.layers import PatchEmbed
 from timm.models.eva import Eva, EvaBlockPostNorm
 from timm.models.vision_transformer import ResPostBlock, VisionTransformer
 from torch import Tensor, nn
 
 from ..core.sites import Site
-from ..errors import InputError, hint
+from ..errors import InputError
 from ..registry import BACKBONES
 from .attention import TimmAttentionView, has_attention_view, timm_attention_view
-from .base import Backbone, Features
-from .patch_embed import BAND_MODES, expand_patch_embed
-from .weights import is_local, load_weights
-
-MODULES = ("vision_transformer", "deit", "eva")
-"""Files of timm with plain vision transformers."""
-
-MISTAKES = (TypeError, ValueError, AssertionError, ArithmeticError, LookupError, RuntimeError, OSError)
-"""What timm and torch raise for arguments that make no sense and for weights that cannot be had."""
+from .base import Features
+from .timm_model import TimmModel
+from .weights import FOCUS
 
 
 @BACKBONES.register_module()
-class TimmViT(Backbone):
+class TimmViT(TimmModel):
     """A plain ViT of timm for images of any size and any number of bands.
 
     Position embeddings are resampled to the image at hand as timm does; images whose sides are no multiple of the patch
@@ -49,102 +38,53 @@ class TimmViT(Backbone):
         arch: constructor arguments of timm that change the architecture, e.g. dict(depth=2, embed_dim=48).
     """
 
-    def __init__(
-        self,
-        name: str,
-        weights: str | None = None,
-        in_chans: int = 3,
-        bands: str = "repeat",
-        out_indices: Sequence[int] = (),
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
-        arch: dict[str, Any] | None = None,
-    ) -> None:
-        super().__init__()
-        if not isinstance(in_chans, int) or in_chans < 1:
-            raise InputError(f"TimmViT: in_chans must be a whole number of at least 1, got {in_chans!r}")
-        if bands not in BAND_MODES:
-            raise InputError(f"TimmViT: unknown bands '{bands}'{hint(bands, BAND_MODES)}")
-        self.name, self.weights, self.in_chans, self.bands = name, weights, in_chans, bands
-        self.arch = dict(arch or {})
-        local = weights is None or is_local(weights)
-        self.body = self._create(in_chans if local else 3)
-        if weights is not None and local:
-            self.weight_report = load_weights(self.body, weights, bands)
-        elif in_chans != 3 and not local:
-            self._widen()
-        body = self.body
-        self.depth, self.prefix = len(body.blocks), body.num_prefix_tokens
-        self.out_indices = self._levels(out_indices)
-        self.embed_dims = [body.embed_dim] * max(1, len(self.out_indices))
-        self.patch = body.patch_embed.patch_size[0]
-        self.mean, self.std = (self._statistic(key, given) for key, given in (("mean", mean), ("std", std)))
-        viewed = all(has_attention_view(block.attn) for block in body.blocks)
-        rotary = getattr(body, "rope", None) is not None
-        self.capabilities = frozenset({"tokens", "maps", *["attention"] * viewed, *["prompts"] * (not rotary)})
+    sources = ("vision_transformer", "deit", "eva")
+    family = "plain vision transformers"
+    options = {"dynamic_img_size": True}
+    own_weights = (FOCUS,)
 
-    def _create(self, in_chans: int) -> nn.Module:
-        base, _, tag = self.name.partition(".")
-        if not timm.is_model(base):
-            raise InputError(f"timm has no model '{base}'{hint(base, _plain_models())}")
-        remote = self.weights is not None and not is_local(self.weights)
-        if remote and not (self.weights == "timm" or self.weights.startswith("timm:")):
+    def check(self, body: nn.Module) -> None:
+        if not isinstance(body, VisionTransformer | Eva):
+            raise InputError(f"'{self.name}' is a {type(body).__name__}; TimmViT takes {self.family}")
+        embed = body.patch_embed
+        if not isinstance(embed, PatchEmbed):
             raise InputError(
-                f"TimmViT weights '{self.weights}': no such file, nor 'timm', 'timm:<tag>' or 'dinov2_vits14_focus'"
+                f"'{self.name}' has a {type(embed).__name__} before its blocks; TimmViT takes one patch convolution"
             )
-        if remote and self.weights != "timm":
-            tag = self.weights.removeprefix("timm:")
-        try:
-            body = timm.create_model(
-                f"{base}.{tag}" if tag else base,
-                pretrained=remote,
-                num_classes=0,
-                in_chans=in_chans,
-                dynamic_img_size=True,
-                **self.arch,
+        rows, cols = embed.patch_size
+        if rows != cols or min(embed.grid_size) < 1:
+            raise InputError(
+                f"'{self.name}' has patches of {rows}x{cols} in images of {embed.img_size[0]}x{embed.img_size[1]}; "
+                "TimmViT takes square patches and at least one per image"
             )
-        except MISTAKES as error:
-            reason = shorten(str(error), 200).rstrip(".") or type(error).__name__
-            if remote and isinstance(error, OSError):
-                message = f"weights of '{self.name}' could not be fetched by timm ({reason}); give a file"
-            elif isinstance(error, TypeError) and base not in _plain_models():  # it takes no dynamic_img_size
-                message = f"'{self.name}' is none of the plain vision transformers that TimmViT takes ({reason})"
-            else:
-                message = f"TimmViT('{self.name}', weights={self.weights!r}) cannot be built: {reason}; see also arch"
-            raise InputError(message) from error
-        _require_plain(self.name, body)
         for block in body.blocks:
+            if not hasattr(block, "drop_path1") or not hasattr(block, "attn"):
+                raise InputError(
+                    f"'{self.name}' has {type(block).__name__}s; TimmViT knows blocks of attention and MLP in turn"
+                )
             if getattr(block.attn, "q_bias", None) is not None:
                 block.attn.qkv_bias_separate = True  # or EVA reads qkv.weight itself and the linear is never called
-        return body
+        if not body.global_pool:
+            raise InputError(
+                f"'{self.name}' has no pooling and so no vector per image; set global_pool in arch, e.g. to 'avg'"
+            )
 
-    def _widen(self) -> None:
-        old = self.body.patch_embed.proj
-        new = nn.Conv2d(self.in_chans, old.out_channels, old.kernel_size, old.stride, bias=old.bias is not None)
-        new.weight.data = expand_patch_embed(old.weight.data, self.in_chans, self.bands)
-        if old.bias is not None:
-            new.bias = old.bias
-        self.body.patch_embed.proj = new
+    def levels(self) -> list[tuple[int, int]]:
+        return [(self.body.embed_dim, self.body.patch_embed.patch_size[0])] * self.depth
 
-    def _levels(self, indices: Sequence[int]) -> tuple[int, ...]:
-        for index in indices:
-            if not -self.depth <= index < self.depth:
-                raise InputError(
-                    f"TimmViT: out_indices has {index}; '{self.name}' has the blocks 0 to {self.depth - 1}"
-                )
-        levels = tuple(index % self.depth for index in indices)
-        if list(levels) != sorted(set(levels)):
-            raise InputError(f"TimmViT: out_indices must name each block once, shallow to deep, got {list(indices)}")
-        return levels
+    @property
+    def depth(self) -> int:
+        return len(self.body.blocks)
 
-    def _statistic(self, key: str, given: Sequence[float] | None) -> tuple[float, ...]:
-        own = self.body.pretrained_cfg.get(key) or (0.5, 0.5, 0.5)
-        values = tuple(given) if given is not None else tuple(255 * own[i % 3] for i in range(self.in_chans))
-        if len(values) != self.in_chans:
-            raise InputError(f"TimmViT: {key} has {len(values)} values for {self.in_chans} bands")
-        if not all(math.isfinite(v) for v in values) or (key == "std" and min(values) <= 0):
-            raise InputError(f"TimmViT: {key} must be finite{' and above 0' * (key == 'std')}, got {list(values)}")
-        return values
+    @property
+    def prefix(self) -> int:
+        return self.body.num_prefix_tokens
+
+    @property
+    def capabilities(self) -> frozenset[str]:
+        viewed = all(has_attention_view(block.attn) for block in self.body.blocks)
+        rotary = getattr(self.body, "rope", None) is not None
+        return frozenset({"tokens", "maps", *["attention"] * viewed, *["prompts"] * (not rotary)})
 
     def sites(self) -> list[Site]:
         d, conv = self.embed_dims[-1], self.body.patch_embed.proj
@@ -192,25 +132,13 @@ class TimmViT(Backbone):
             return int(name.split(".")[1]) + 1
         return self.depth + 1 if name.split(".")[0] in ("norm", "fc_norm", "head", "attn_pool") else 0
 
-    def grid(self, x: Tensor) -> tuple[int, int]:
-        """Patch rows and columns of a batch (B, C, H, W) after padding."""
-        return -(-x.shape[-2] // self.patch), -(-x.shape[-1] // self.patch)
-
-    def pad(self, x: Tensor) -> Tensor:
-        """The batch with sides that are multiples of the patch; padding is 0, the mean colour of normalised images."""
-        h, w = self.grid(x)
-        bottom, right = h * self.patch - x.shape[-2], w * self.patch - x.shape[-1]
-        return F.pad(x, (0, right, 0, bottom)) if bottom or right else x
-
     def forward(self, x: Tensor) -> Features:
         """(B, C, H, W) normalised images to features.
 
         Raises:
             InputError: another number of bands than the backbone was built for.
         """
-        if x.ndim != 4 or x.shape[1] != self.in_chans:
-            raise InputError(f"TimmViT takes (B, {self.in_chans}, H, W) images, got {tuple(x.shape)}; see in_chans")
-        x = self.pad(x)
+        x = self.ready(x)
         h, w = self.grid(x)
         stream, levels = self.body.forward_intermediates(x, indices=list(self.out_indices) or 1, output_fmt="NLC")
         inserted = self.ctx.inserted  # shallow prompts are still between prefix and patches
@@ -225,29 +153,3 @@ class TimmViT(Backbone):
     def _without_prompts(self, x: Tensor, count: int) -> Tensor:
         keep = list(range(self.prefix)) + list(range(self.prefix + count, x.shape[1]))
         return x[:, keep]
-
-
-def _plain_models() -> list[str]:
-    return [name for module in MODULES for name in timm.list_models(module=module)]
-
-
-def _require_plain(name: str, body: nn.Module) -> None:
-    """Refuse what is built in another way than sites, grid and features say."""
-    if not isinstance(body, VisionTransformer | Eva):
-        raise InputError(f"'{name}' is a {type(body).__name__}; TimmViT takes plain vision transformers")
-    embed = body.patch_embed
-    if not isinstance(embed, PatchEmbed):
-        raise InputError(
-            f"'{name}' has a {type(embed).__name__} before its blocks; TimmViT takes one patch convolution"
-        )
-    rows, cols = embed.patch_size
-    if rows != cols or min(embed.grid_size) < 1:
-        raise InputError(
-            f"'{name}' has patches of {rows}x{cols} in images of {embed.img_size[0]}x{embed.img_size[1]}; TimmViT takes"
-            " square patches and at least one per image"
-        )
-    for block in body.blocks:
-        if not hasattr(block, "drop_path1") or not hasattr(block, "attn"):
-            raise InputError(f"'{name}' has {type(block).__name__}s; TimmViT knows blocks of attention and MLP in turn")
-    if not body.global_pool:
-        raise InputError(f"'{name}' has no pooling and so no vector per image; set global_pool in arch, e.g. to 'avg'")

@@ -7,6 +7,7 @@ import math
 import os
 import pickle
 import re
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,10 +107,15 @@ def read_file(source: str) -> Any:
         raise InputError(f"not a weights file; give one that ends in {', '.join(SUFFIXES)}")
     if not path.is_file():
         raise InputError(f"there is no file {path.absolute()}")
+    if not os.access(path, os.R_OK):
+        raise InputError("it cannot be read: permission denied")
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):  # plain values that DeiT and MAE files carry along
+        with (
+            torch.serialization.safe_globals([argparse.Namespace]),  # plain values that DeiT and MAE files carry along
+            warnings.catch_warnings(action="ignore"),  # about files that are refused just below
+        ):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged files raise nearly anything: OSError, KeyError, EOFError, RuntimeError, ...
         raise InputError(_unreadable(error)) from error
@@ -154,6 +160,8 @@ def _check_shapes(state: State, wanted: State) -> None:
     ]
     if wrong:
         raise InputError(f"made for another architecture: {listed(wrong)}; choose the model it was made for")
+    if broken := [k for k, v in state.items() if not v.isfinite().all()]:
+        raise InputError(f"it holds values that are not finite in {listed(broken)}; fetch it again")
 
 
 def _fit_positions(state: State, model: nn.Module) -> tuple[tuple[int, int], tuple[int, int]] | None:

@@ -11,10 +11,14 @@ from statistics import mean, stdev
 from typing import Any
 
 from .. import __version__
+from ..errors import InputError
 from ..files import atomic
 
 RESULTS = Path("benchmark_results")
 ZOO = Path("model_zoo.md")
+STORED = {"config", "overrides", "seed", "method", "task", "value", "train_images", "test_images", "trainable_params"}
+STORED |= {"stored_bytes", "seconds", "config_hash", "version"}
+"""Keys of a stored line that are read again."""
 
 
 def config_hash(cfg: Any) -> str:
@@ -24,9 +28,22 @@ def config_hash(cfg: Any) -> str:
 
 
 def read_results(folder: Path = RESULTS) -> list[dict[str, Any]]:
-    """All stored lines of the training runs."""
+    """All stored lines of the training runs.
+
+    Raises:
+        InputError: a line is no result.
+    """
     path = folder / "training.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    results = []
+    for n, line in enumerate(path.read_text(encoding="utf-8").splitlines() if path.exists() else (), 1):
+        try:
+            results.append(json.loads(line))
+            missing = STORED - set(results[-1])
+        except (ValueError, TypeError) as error:
+            raise InputError(f"{path}:{n}: no JSON object; mend or remove the line") from error
+        if missing:
+            raise InputError(f"{path}:{n}: no {', '.join(sorted(missing))}; mend or remove the line")
+    return results
 
 
 def train_and_store(config_path: str, overrides: list[str], seeds: Iterable[int], work_dir: Path) -> None:
@@ -41,6 +58,8 @@ def train_and_store(config_path: str, overrides: list[str], seeds: Iterable[int]
     for seed in seeds:
         words = [*overrides, f"randomness.seed={seed}"]
         cfg = config.load(config_path, words)
+        if cfg.get("val_dataloader") is None or not any("AdapterFiles" in str(h) for h in cfg.get("custom_hooks", ())):
+            raise InputError(f"{config_path}: a stored result needs val_dataloader and the hook AdapterFiles")
         key = config_hash(cfg)
         if any(r["config_hash"] == key and r["version"] == __version__ for r in read_results()):
             print(f"{config_path} with seed {seed} is stored already")
@@ -100,8 +119,14 @@ def zoo_rows(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def write_zoo(path: Path = ZOO) -> Path:
-    """Write model_zoo.md from the stored results."""
+    """Write model_zoo.md from the stored results.
+
+    Raises:
+        InputError: there are none.
+    """
     rows = zoo_rows(read_results())
+    if not rows:
+        raise InputError(f"no results in {RESULTS}/ here; run visadapt bench train first, or change to their folder")
     columns = ["task", "method", "top-1 %", "seeds", "trainable", "file", "minutes"]
     lines = [
         "# Model zoo",

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from ..backbones.timm_vit import TimmViT
+from ..errors import InputError
+from ..predict.image import available
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,17 @@ class Setup:
     mixed: int = 32
     rounds: int = 9
     device: str = "cpu"
+
+    def check(self) -> None:
+        """Refuse a device or a model that is not there, and images that are too small for it, before anything is timed.
+
+        Raises:
+            InputError: one of these.
+        """
+        available(self.device)
+        patch = self.backbone().patch
+        if self.size < 2 * patch:
+            raise InputError(f"--size {self.size} is too small: half of it must hold a patch of {patch} pixels")
 
     def backbone(self) -> TimmViT:
         torch.manual_seed(0)

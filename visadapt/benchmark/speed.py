@@ -11,7 +11,8 @@ import platform
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -27,6 +28,7 @@ from .setup import Setup
 from .timing import interleaved, ratio, spread
 
 LORA = {"type": "LoRA", "rank": 8, "targets": ["all-linear"]}
+SHIRA = {"type": "SHiRA", "rank": 8, "mask": "random", "targets": ["all-linear"]}
 
 
 def stepper(model: nn.Module, images: Tensor) -> Callable[[], None]:
@@ -52,10 +54,15 @@ def adapted_with(setup: Setup, cfg: dict[str, Any]) -> Adapted:
     adapted = Adapted(setup.backbone())
     adapted.add("main", ADAPTERS.build(cfg))
     adapted.set_trainable("main")
-    with torch.no_grad():
-        for parameter in adapted.adapters.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.01)
+    disturb(adapted.adapters)
     return adapted.train()
+
+
+@torch.no_grad()
+def disturb(module: nn.Module) -> None:
+    """Move parameters away from their start, where many are zero."""
+    for parameter in module.parameters():
+        parameter.add_(torch.randn_like(parameter), alpha=0.01)
 
 
 def peft_lora(setup: Setup, count: int = 1) -> nn.Module | None:
@@ -135,6 +142,28 @@ def switching(setup: Setup) -> dict[str, float]:
     return {names[n]: 500 * median(t) for n, t in times.items()}
 
 
+def exchange(setup: Setup) -> dict[str, float]:
+    """Time to fuse an adapter into the weights of a ViT-B and to take it out again: sparse updates against LoRA.
+
+    Both have as many values. Two adapters of each sort take turns, and the base comes back bit for bit every time.
+    """
+    adapted = Adapted(replace(setup, model="vit_base_patch16_224").backbone())
+    names = {"lora": ["lora0", "lora1"], "shira": ["shira0", "shira1"]}
+    for seed in (0, 1):
+        adapted.add(names["lora"][seed], ADAPTERS.build(LORA), enable=False)
+        adapted.add(names["shira"][seed], ADAPTERS.build({**SHIRA, "seed": seed}), enable=False)
+    disturb(adapted.adapters)
+
+    def turn(which: str) -> None:
+        for name in names[which]:
+            adapted.enable(name)
+            adapted.merge(name)
+            adapted.unmerge()
+
+    times = interleaved({n: partial(turn, n) for n in names}, setup.rounds, setup.device)
+    return {"shira_switch_over_lora_fuse": ratio(times, "shira", "lora")}
+
+
 def peak_bytes(setup: Setup, which: str) -> int:
     """Highest memory of two training steps above what the model itself holds, in this process."""
     images = setup.images(setup.batch)
@@ -169,7 +198,7 @@ def memory(setup: Setup) -> dict[str, float]:
 
 def measure(setup: Setup, methods: list[str]) -> dict[str, Any]:
     """Everything, as one flat object; rows per method under "methods"."""
-    found = memory(setup) | training(setup, methods) | inference(setup) | switching(setup)
+    found = memory(setup) | training(setup, methods) | inference(setup) | switching(setup) | exchange(setup)
     found |= cached_epochs(setup) | runner_cost(setup)
     machine = torch.cuda.get_device_name() if setup.device == "cuda" else platform.processor() or platform.machine()
     found |= {"machine": machine, "threads": torch.get_num_threads(), "visadapt": __version__}

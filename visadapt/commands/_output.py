@@ -4,7 +4,23 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
+
+from ..errors import InputError
+
+
+def check_out(out: str, *inputs: str | None) -> None:
+    """Refuse a name for weights that could not be read again, or that would replace what was read.
+
+    Raises:
+        InputError: another suffix than .safetensors, or one of the inputs.
+    """
+    if Path(out).suffix != ".safetensors":
+        raise InputError(f"--out '{out}': weights are written as a .safetensors file")
+    for given in filter(None, inputs):
+        if Path(out).exists() and Path(given).exists() and Path(out).samefile(given):
+            raise InputError(f"--out '{out}' would replace the input {given}; give another name")
 
 
 def print_json(value: Any) -> None:

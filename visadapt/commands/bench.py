@@ -6,6 +6,7 @@ import argparse
 import json
 
 from ..errors import InputError, hint
+from ._arguments import positive
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,10 +19,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--work-dir", default="work_dirs/bench", help="train: where the runs go")
     parser.add_argument("--method", nargs="+", default=[], metavar="NAME", help="speed: adapters to time too, or 'all'")
     parser.add_argument("--model", default="vit_small_patch16_224", help="speed: timm model")
-    parser.add_argument("--size", type=int, default=224, help="speed: image side in pixels")
-    parser.add_argument("--batch", type=int, default=8, help="speed: images per training step")
-    parser.add_argument("--mixed", type=int, default=32, help="speed: images and adapters of the mixed batch")
-    parser.add_argument("--rounds", type=int, default=9, help="speed: measured rounds")
+    parser.add_argument("--size", type=positive, default=224, help="speed: image side in pixels")
+    parser.add_argument("--batch", type=positive, default=8, help="speed: images per training step")
+    parser.add_argument("--mixed", type=positive, default=32, help="speed: images and adapters of the mixed batch")
+    parser.add_argument("--rounds", type=positive, default=9, help="speed: measured rounds")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="speed: where to run")
     parser.add_argument("--json", action="store_true", help="speed: print one JSON object")
     parser.add_argument("--out", help="speed: also write the JSON object to this file")
@@ -67,6 +68,7 @@ def speed(args: argparse.Namespace) -> int:
     from ..files import atomic
 
     setup = Setup(args.model, args.size, args.batch, args.mixed, args.rounds, args.device)
+    setup.check()
     found = measure(setup, chosen)
     text = json.dumps(found, indent=1)
     if args.out:

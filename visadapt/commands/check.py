@@ -11,15 +11,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from mmengine.runner import Runner
+
     from ..config import load
-    from ..registry import DATASETS, TASKS
+    from ..engine import check_classes
+    from ..errors import refusals
+    from ..registry import TASKS
 
     cfg = load(args.config, args.overrides)
-    for part in ("train", "val", "test"):
-        loader = cfg.get(f"{part}_dataloader")
-        if loader is not None:
-            print(f"{part:<6}{len(DATASETS.build(loader['dataset'])):>9,} samples", flush=True)
+    datasets = {}
+    for part in (f"{name}_dataloader" for name in ("train", "val", "test")):
+        if cfg.get(part) is not None:
+            with refusals(part):
+                datasets[part] = Runner.build_dataloader(cfg[part], seed=0).dataset
+            print(f"{part.partition('_')[0]:<6}{len(datasets[part]):>9,} samples", flush=True)
     task = TASKS.build(cfg.model)
+    for part, dataset in datasets.items():
+        check_classes(task, dataset, part)
     print(task.adapted.trainable_report(task.heads))
     print(f"OK    {args.config}")
     return 0

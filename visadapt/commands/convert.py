@@ -16,7 +16,9 @@ def run(args: argparse.Namespace) -> int:
 
     from ..backbones.timm_vit import TimmViT
     from ..files import atomic
+    from ._output import check_out
 
+    check_out(args.out, args.file)
     backbone = TimmViT(args.model, weights=args.file)
     state = {k: v.contiguous().clone() for k, v in backbone.body.state_dict().items()}
     with atomic(args.out) as temporary:

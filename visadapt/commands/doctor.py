@@ -17,7 +17,7 @@ from ..registry import ROOT
 from ._output import print_json, print_table
 
 REQUIRED = (
-    *("torch>=2.9", "torchvision>=0.24", "timm>=1.0.20", "onedl-mmengine>=0.10.12", "albumentations==2.0.8"),
+    *("torch>=2.9", "torchvision>=0.24", "timm>=1.0.26", "onedl-mmengine>=0.10.12", "albumentations==2.0.8"),
     *("opencv-python", "safetensors", "einops", "torchmetrics", "scikit-learn", "numpy>=2", "matplotlib", "tqdm"),
     *("tensorboard", "packaging"),
 )

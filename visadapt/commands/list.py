@@ -5,9 +5,12 @@ from __future__ import annotations
 import argparse
 import ast
 import re
+from dataclasses import dataclass, field
 from typing import Any
 
 from .. import registry
+from ..core.sites import Site, select
+from ..errors import InputError
 from ._output import print_json, print_table
 
 GROUPS = {
@@ -48,26 +51,57 @@ def read_configs() -> dict[str, set[str]]:
     }
 
 
-def read_cases() -> dict[str, dict[str, tuple[str, ...]]]:
-    """For each adapter of the conformance suite, its backbones and what they offer; nothing in an installed package."""
+@dataclass
+class Cases:
+    """What the conformance suite runs.
+
+    Attributes:
+        capabilities: of every backbone.
+        roles: of every backbone's sites, with spaces between.
+        targets: of every row of an adapter, None for those of its class.
+    """
+
+    capabilities: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    roles: dict[str, str] = field(default_factory=dict)
+    targets: dict[str, list[tuple[str, ...] | None]] = field(default_factory=dict)
+
+    def backbones(self, entry: registry.Entry) -> list[str]:
+        """Backbones that the suite runs an adapter on: they have what it needs and every role that a row names."""
+        needs = set(entry.attributes.get("needs", ()))
+        rows = [entry.attributes.get("targets", ()) if t is None else t for t in self.targets.get(entry.name, ())]
+        able = [name for name, offers in self.capabilities.items() if needs <= set(offers)]
+        return [name for name in able if any(_offered(row, self.roles[name].split()) for row in rows)]
+
+
+def _offered(targets: tuple[str, ...], roles: list[str]) -> bool:
+    """Whether each target names a site of a backbone with these roles. Paths are not known here and name none."""
+    try:
+        select([Site(role, role, 0, 1, 1) for role in roles], targets, None, "")
+    except InputError:
+        return False
+    return True
+
+
+def read_cases() -> Cases:
+    """What `tests/cases.py` says, without running it; nothing in an installed package."""
     path = REPOSITORY / "tests" / "cases.py"
     if not path.exists():
-        return {}
+        return Cases()
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    annotated = (n for n in tree.body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name))
-    backbones = next((ast.literal_eval(n.value) for n in annotated if n.target.id == "CAPABILITIES"), {})
-    calls = (n for n in ast.walk(tree) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name))
-    rows = (c.args[0] for c in calls if c.func.id == "Case" and c.args)
-    return {name.value: backbones for name in rows if isinstance(name, ast.Constant)}
+    annotated = [n for n in tree.body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)]
+    tables = {n.target.id: n.value for n in annotated if n.target.id in ("CAPABILITIES", "ROLES")}
+    cases = Cases(*(ast.literal_eval(tables[name]) for name in ("CAPABILITIES", "ROLES")))
+    for call in ast.walk(tree):
+        if isinstance(call, ast.Call) and getattr(call.func, "id", "") == "Case" and call.args:
+            name, *arguments = call.args
+            keywords = {k.arg: k.value for a in arguments for k in getattr(a, "keywords", ())}
+            targets = ast.literal_eval(keywords["targets"]) if "targets" in keywords else None
+            cases.targets.setdefault(ast.literal_eval(name), []).append(targets)
+    return cases
 
 
-def row(group: str, entry: registry.Entry, configs: dict[str, set[str]], cases: dict[str, Any]) -> dict[str, Any]:
-    """What is known of one entry of a registry without importing it.
-
-    A tested backbone is one that the conformance suite runs the adapter on: it has all that the adapter needs.
-    """
-    needs = set(entry.attributes.get("needs", ()))
-    backbones = cases.get(entry.name, {}) if group == "adapters" else {}
+def row(group: str, entry: registry.Entry, configs: dict[str, set[str]], cases: Cases) -> dict[str, Any]:
+    """What is known of one entry of a registry without importing it."""
     return {
         "name": entry.name,
         "group": group,
@@ -75,7 +109,7 @@ def row(group: str, entry: registry.Entry, configs: dict[str, set[str]], cases: 
         "kinds": list(entry.attributes.get("kinds", ())),
         "paper": entry.attributes.get("paper", ""),
         "mergeable": bool(entry.attributes.get("mergeable", False)),
-        "needs": sorted(needs),
-        "tested_backbones": [name for name, offers in backbones.items() if needs <= set(offers)],
+        "needs": sorted(entry.attributes.get("needs", ())),
+        "tested_backbones": cases.backbones(entry) if group == "adapters" else [],
         "configs": [path for path, words in configs.items() if entry.name in words],
     }

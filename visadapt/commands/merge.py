@@ -20,9 +20,11 @@ def run(args: argparse.Namespace) -> int:
     from ..core.io import read_manifest
     from ..files import atomic
     from ..registry import BACKBONES
+    from ._output import check_out
 
     made_for = read_manifest(args.adapter)["backbone"]
     arguments = made_for["arguments"] | ({} if args.weights is None else {"weights": args.weights})
+    check_out(args.out, args.adapter, arguments.get("weights"))
     adapted = Adapted(BACKBONES.build({"type": made_for["type"], **arguments})).eval()
     adapted.load(args.adapter)
     probe = torch.randn(2, adapted.backbone.in_chans, 4 * adapted.backbone.patch, 3 * adapted.backbone.patch)

@@ -43,7 +43,9 @@ def find_images(patterns: list[str]) -> list[Path]:
         else:
             matches = sorted(p for p in map(Path, glob.glob(pattern, recursive=True)) if is_image(p))
         if not matches:
-            raise InputError(f"no images at '{pattern}'; give a file, a folder or a glob of {', '.join(IMAGE_SUFFIXES)}")
+            raise InputError(
+                f"no images at '{pattern}'; give a file, a folder or a glob of {', '.join(IMAGE_SUFFIXES)}"
+            )
         found |= dict.fromkeys(matches)
     return list(found)
 

@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from ..errors import InputError
+from ..errors import InputError, refusals
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,17 +30,22 @@ def run(args: argparse.Namespace) -> int:
     part = "test" if cfg.get("test_dataloader") is not None else "val"
     if cfg.get(f"{part}_dataloader") is None:
         raise InputError(f"{args.config} has neither test_dataloader nor val_dataloader")
-    task = TASKS.build(cfg.model)
+    task = TASKS.build({k: v for k, v in cfg.model.items() if k != "adapters"})  # the file brings its own
     report = task.adapted.load(args.adapter, heads=task.heads)
-    loader = Runner.build_dataloader(cfg[f"{part}_dataloader"], seed=0)
+    with refusals(f"{part}_dataloader"):
+        loader = Runner.build_dataloader(cfg[f"{part}_dataloader"], seed=0)
     evaluator = Evaluator(cfg[f"{part}_evaluator"])
     evaluator.dataset_meta = loader.dataset.metainfo
     metrics = evaluate(task, loader, evaluator)
+    unreadable = getattr(evaluator.metrics[0], "report", {}).get("invalid", 0)
+    images = len(loader.dataset) - unreadable
     if args.json:
-        print(json.dumps({"images": len(loader.dataset), **metrics}))
+        print(json.dumps({"images": images, "unreadable": unreadable, **metrics}))
     else:
         print(report)
-        print("  ".join(f"{k} {v:.4f}" for k, v in metrics.items()), f" on {len(loader.dataset)} images ({part} set)")
+        print("  ".join(f"{k} {v:.4f}" for k, v in metrics.items()), f" on {images} images ({part} set)")
+        if unreadable:
+            print(f"{unreadable} unreadable images were left out")
     if args.out:
         for path in evaluation_files(task, evaluator.metrics[0], loader.dataset, Path(args.out)):
             print(f"wrote {path}")

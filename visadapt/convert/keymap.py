@@ -42,5 +42,5 @@ def timm_keys(state: State, patch_key: str, model: nn.Module) -> State:
 
 def listed(names: Collection[str], limit: int = 4) -> str:
     """The first few names for a message, and how many there are."""
-    first = ", ".join(list(names)[:limit])
+    first = ", ".join(map(str, list(names)[:limit]))
     return f"{first}, … ({len(names)} in all)" if len(names) > limit else first

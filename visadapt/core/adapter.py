@@ -80,7 +80,9 @@ class Adapter(nn.Module):
         if missing := sorted(self.needs - backbone.capabilities):
             raise InputError(f"{who}: it needs {', '.join(missing)}; the backbone has {sorted(backbone.capabilities)}")
         if type(self).targets and not self.targets:
-            raise InputError(f"{who}: targets is empty; name roles, or leave it out for {', '.join(type(self).targets)}")
+            raise InputError(
+                f"{who}: targets is empty; name roles, or leave it out for {', '.join(type(self).targets)}"
+            )
         sites = select(backbone.sites(), self.targets, self.layers, who)
         if wrong := sorted({s.role for s in sites} - set(self.roles)):
             raise InputError(f"{who}: it cannot sit at {', '.join(wrong)}; it takes the roles {', '.join(self.roles)}")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import warnings
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -38,9 +39,9 @@ def cache_folder() -> Path:
 def svd(weight: Tensor, rank: int | None = None, keep: bool = True) -> tuple[Tensor, Tensor, Tensor]:
     """Exact thin decomposition weight = U diag(S) Vt in float32, with signs that do not depend on the machine.
 
-    The entry of largest magnitude in every column of U is positive. It is computed in float64: vectors of neighbouring
-    singular values would otherwise depend on the number of threads and on the library. Where singular values coincide,
-    their vectors are one choice of many, on any machine.
+    The entry of largest magnitude in every column of U is positive. It is computed in float64, since in float32 the
+    vectors of neighbouring singular values depend on the library and its threads. Where singular values coincide, their
+    vectors are one choice of many, on any machine.
 
     Args:
         weight: (o, i).
@@ -107,16 +108,28 @@ def _tidy(folder: Path) -> None:
             kept.unlink(missing_ok=True)
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """More threads change the last bits, gain little here, and lose a lot by waiting where cores are shared."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def _svd(matrix: Tensor, rank: int | None) -> tuple[Tensor, Tensor, Tensor]:
     wide = matrix.shape[0] < matrix.shape[1]
     tall = (matrix.T if wide else matrix).double()
-    squares, v = torch.linalg.eigh(tall.T @ tall)
-    s, v = squares.flip(0).clamp(min=0).sqrt(), v.flip(1)
-    if s[-1] > WELL_CONDITIONED * s[0]:
-        u = tall @ v / s
-    else:
-        u, s, vt = torch.linalg.svd(tall, full_matrices=False)
-        v = vt.T
+    with _one_thread():
+        squares, v = torch.linalg.eigh(tall.T @ tall)
+        s, v = squares.flip(0).clamp(min=0).sqrt(), v.flip(1)
+        if s[-1] > WELL_CONDITIONED * s[0]:
+            u = tall @ v / s
+        else:
+            u, s, vt = torch.linalg.svd(tall, full_matrices=False)
+            v = vt.T
     u, v = (v, u) if wide else (u, v)
     sign = u[u.abs().argmax(0), torch.arange(u.shape[1])].sign()
     factors = (u * sign)[:, :rank], s[:rank], (v * sign).T[:rank]

@@ -191,8 +191,8 @@ def read_manifest(path: str | os.PathLike) -> dict[str, Any]:
     version = manifest.get("format") if isinstance(manifest, dict) else None
     if type(version) is int and version > FORMAT:
         raise InputError(
-            f"{path} has format {version}, written by visadapt {manifest.get('visadapt')}; this is {__version__}, which "
-            f"reads up to format {FORMAT}: upgrade to read it"
+            f"{path} has format {version}, written by visadapt {manifest.get('visadapt')}; this is {__version__}, "
+            f"which reads up to format {FORMAT}: upgrade to read it"
         )
     if problem := manifest_problem(manifest):
         raise InputError(f"{path} has a damaged manifest: {problem}; fetch or write the file again")

@@ -47,7 +47,7 @@ class Original:
 
     def _put(self, weight: Tensor) -> None:
         flat = weight.view(-1)
-        flat.index_copy_(0, self.places.to(flat.device), self.weight.to(flat))
+        flat.scatter_(0, self.places.to(flat.device), self.weight.to(flat))
 
     def restore(self, module: nn.Module) -> None:
         """Put it back."""
@@ -139,10 +139,10 @@ class Merger:
             flat = module.weight.view(-1)
             old = flat.index_select(0, places)
             new = (old.to(torch.promote_types(old.dtype, torch.float32)) + change).to(old.dtype)
-            if not new.isfinite().all():
+            if not torch.stack(new.aminmax()).isfinite().all():  # NaN is passed on
                 return False
             self.originals[path] = Original(old, places=places)
-            flat.index_copy_(0, places, new)
+            flat.scatter_(0, places, new)
             return True
         dtype, bias = module.weight.dtype, module.bias
         new_weight, new_bias = (v if v is None else v.to(dtype) for v in effective(*_upcast(module), pieces))

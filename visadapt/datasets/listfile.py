@@ -13,8 +13,8 @@ from ..registry import DATASETS
 from .base import ClassificationDataset, data_root, find_list, read_lines
 from .files import read_text
 
-MOST = 100_000
-"""Classes that labels may number without naming them; a higher number is a slip, and names for all would fill memory."""
+DIGITS = 6
+"""Of class indices without class names; a longer one is a slip, and names up to it would fill the memory."""
 
 
 def resolve_labels(
@@ -31,11 +31,11 @@ def resolve_labels(
         InputError: a label is no class.
     """
     numbers = all(re.fullmatch("-?[0-9]+", label) for label in labels)
-    if classes is None and numbers:
-        highest = max(labels, key=lambda label: (len(label), label))  # by value: int() refuses thousands of digits
-        if len(highest) > len(str(MOST)) or int(highest) >= MOST:
-            place = places[list(labels).index(highest)]
-            raise InputError(f"{place}: label '{highest:.40}' is above {MOST - 1}; mend it, or give classes=[...]")
+    for label, place in zip(labels, places) if classes is None and numbers else ():
+        if len(label) > DIGITS:
+            raise InputError(
+                f"{place}: label '{label:.20}' has more than {DIGITS} digits; mend it, or give classes=[...]"
+            )
     if classes is None:
         classes = [str(i) for i in range(max(map(int, labels)) + 1)] if numbers else sorted(set(labels))
     names = {str(name): i for i, name in enumerate(classes)}
