@@ -51,10 +51,8 @@ class Predictor:
         self, path: str | os.PathLike, weights: str | None = None, merge: bool = True, device: str | None = None
     ) -> None:
         manifest = read_manifest(path)
-        if missing := [key for key in OF_TASKS if key not in manifest]:
-            raise InputError(f"{path} holds adapters without a {missing[0]}; predict needs the file of a training run")
-        if "main" not in manifest["heads"]:
-            raise InputError(f"{path} holds no head 'main'; predict needs the file of a training run")
+        if "task" not in manifest or "main" not in manifest["heads"]:
+            raise InputError(f"{path} holds adapters without a task; predict needs the file of a training run")
         self.device = available(device)
         backbone = {"type": manifest["backbone"]["type"], **manifest["backbone"]["arguments"]}
         if weights is not None:
@@ -62,6 +60,8 @@ class Predictor:
         head = manifest["heads"]["main"]
         if head["arguments"] is None:
             raise InputError(f"{path} has the head {head['type']}, which is no registered one; predict cannot build it")
+        if missing := [key for key in OF_TASKS if key not in manifest]:
+            raise InputError(f"{path} does not say {', '.join(missing)}; predict needs the file of a training run")
         head = {"type": head["type"], **head["arguments"]}
         self.task = TASKS.build({**manifest["task"], "backbone": backbone, "head": head})
         self.report = self.task.adapted.load(path, heads=self.task.heads)
