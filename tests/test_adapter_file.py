@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import random
+import re
 
 import pytest
 import torch
@@ -15,8 +17,10 @@ from visadapt.adapters.full import FullFineTune
 from visadapt.adapters.lora import LoRA
 from visadapt.backbones.timm_vit import TimmViT
 from visadapt.cli import main
+from visadapt.core import io
 from visadapt.core.adapted import Adapted
 from visadapt.core.io import read_manifest
+from visadapt.core.manifest import NEEDED
 from visadapt.heads.linear import LinearHead
 from visadapt.predict.image import Predictor
 
@@ -187,3 +191,130 @@ def test_merged_adapters_are_not_saved(saved, tmp_path):
     adapted.merge()
     with pytest.raises(InputError, match="unmerge before saving"):
         adapted.save(tmp_path / "m.safetensors")
+
+
+# ---- files from strangers --------------------------------------------------------------------------------------------
+def forge(path, target, change=lambda manifest: None, tensors=None) -> None:
+    """A file with another manifest, checksum and all: what a stranger can write, not what damage does."""
+    tensors = tensors or load_file(path)
+    with safe_open(path, "pt") as file:
+        manifest = json.loads(file.metadata()["visadapt"])
+    manifest["tensors"] = io._listed(tensors)
+    manifest = change(manifest) or manifest
+    if isinstance(manifest, dict):
+        manifest["sha256"] = io._checksum(manifest, tensors)
+    save_file(tensors, target, metadata={"visadapt": manifest if isinstance(manifest, str) else json.dumps(manifest)})
+
+
+def refusal(call, *args) -> str:
+    """The one line that something is refused with."""
+    with pytest.raises(InputError) as caught:
+        call(*args)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.fixture
+def of_a_run(saved, tmp_path):
+    """A file with all that predict needs, but for the weights of its base."""
+    path = tmp_path / "run.safetensors"
+    extra = {"task": {"type": "ImageClassifier", "pool": "native"}, "channels": 3, "transforms": []}
+    forge(saved[0], path, lambda manifest: manifest.update(extra))
+    return path
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m, call: m["backbone"].update(call),
+        lambda m, call: m["adapters"]["main"].update(call),
+        lambda m, call: m["heads"]["main"].update(call),
+        lambda m, call: m["task"].update(type="os.system", command="touch ran"),
+        lambda m, call: m["task"].update(loss={"type": "os.system", "command": "touch ran"}),
+        lambda m, call: m["task"].update(adapters={"x": {"type": "os.system", "command": "touch ran"}}),
+    ],
+    ids=["backbone", "adapter", "head", "task", "loss", "task-adapter"],
+)
+def test_a_file_names_no_code_to_run(of_a_run, tmp_path, monkeypatch, change):
+    """A dotted path would be imported and called; in a config it may be, in a file from elsewhere it may not."""
+    monkeypatch.chdir(tmp_path)
+    call = {"type": "os.system", "arguments": {"command": "touch ran"}}
+    forge(of_a_run, tmp_path / "f.safetensors", lambda m: change(m, call))
+    for read in (Predictor, read_manifest, fresh().load):
+        assert "'os.system' is no registered name" in refusal(read, tmp_path / "f.safetensors")
+    assert main(["merge", str(tmp_path / "f.safetensors"), "--out", "m.safetensors"]) == 2
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        *((lambda m, key=key: m.pop(key) and None, f"{key} is missing") for key in NEEDED if key != "sha256"),
+        (lambda m: m["adapters"]["main"].pop("arguments") and None, "adapters.main.arguments is missing"),
+        (lambda m: m["backbone"].pop("fingerprint") and None, "backbone.fingerprint is missing"),
+        (lambda m: m.update(heads=[]), r"heads is \[\]"),
+        (lambda m: m.update(classes=[1]), "classes.0 is 1"),
+        (lambda m: m["adapters"]["main"].update(sites=[3]), "adapters.main.sites.0 is 3"),
+        (lambda m: m.update(format=True), "format is True"),
+        (lambda m: m.update(format=2, visadapt="9.0"), r"has format 2, written by visadapt 9\.0; .*upgrade"),
+        (lambda m: "[]", "it is no JSON object"),
+        (lambda m: '{"format"', "damaged manifest"),
+        (lambda m: "[" * 9999, "damaged manifest"),
+    ],
+)
+def test_manifests_that_lack_something_or_come_from_the_future(of_a_run, tmp_path, change, message, capsys):
+    path = tmp_path / "f.safetensors"
+    forge(of_a_run, path, change)
+    for read in (fresh().load, Predictor):
+        assert re.search(message, refusal(read, path))
+    assert main(["info", str(path)]) == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("key", ["classes", "channels", "transforms", "heads"])
+def test_predict_needs_what_a_run_writes(of_a_run, tmp_path, key):
+    path = tmp_path / "f.safetensors"
+    forge(of_a_run, path, lambda m: m["heads"].clear() if key == "heads" else m.pop(key) and None)
+    assert "predict needs the file of a training run" in refusal(Predictor, path)
+
+
+def test_a_probe_that_does_not_fit(saved, tmp_path):
+    tensors = load_file(saved[0])
+    for probe, message in (
+        (torch.zeros(3), "its probe has 3 values, this backbone gives 48"),
+        (None, "no probe/output"),
+    ):
+        changed = tensors | {"probe/output": probe}
+        changed = {name: value for name, value in changed.items() if value is not None}
+        forge(saved[0], tmp_path / "f.safetensors", tensors=changed)
+        other = fresh()
+        assert message in refusal(other.load, tmp_path / "f.safetensors") and not other.adapters
+
+
+def test_another_type_of_the_same_bytes_is_an_alteration(saved, tmp_path, capsys):
+    """Only the header says whether four bytes are a float or an integer."""
+    content = saved[0].read_bytes()
+    assert content.count(b'"dtype":"F32"') > 3
+    path = tmp_path / "f.safetensors"
+    path.write_bytes(content.replace(b'"dtype":"F32"', b'"dtype":"I32"', 1))
+    assert "does not match its checksum" in refusal(fresh().load, path)
+    assert main(["info", str(path)]) == 2 and "does not match its checksum" in capsys.readouterr().err
+
+
+def test_damage_anywhere_is_refused_in_one_line(saved, tmp_path, capsys):
+    """Flipped bytes and cut-off ends, by `Adapted.load` and by `visadapt info`."""
+    path, content, draw = tmp_path / "f.safetensors", saved[0].read_bytes(), random.Random(0)
+    adapted, whole = fresh(), io.read_tensors(saved[0], io.read_manifest(saved[0]))
+    flips = [(i, 1 << draw.randrange(8)) for i in (*range(8), *(draw.randrange(len(content)) for _ in range(90)))]
+    damaged = [content[:i] + bytes([content[i] ^ mask]) + content[i + 1 :] for i, mask in flips]
+    damaged += [content[: draw.randrange(len(content))] for _ in range(30)]
+    for bad in damaged:
+        path.write_bytes(bad)
+        code = main(["info", str(path)])
+        said = capsys.readouterr()
+        if code == 0:  # blanks between the entries of the header carry nothing
+            read = io.read_tensors(path, io.read_manifest(path))
+            assert read.keys() == whole.keys() and all(torch.equal(read[k], whole[k]) for k in whole)
+            continue
+        assert code == 2 and said.err.count("\n") == 1 and said.err.startswith("visadapt: error: ")
+        assert refusal(adapted.load, path) and not adapted.adapters

@@ -14,7 +14,8 @@ import pytest
 
 from visadapt import cli
 from visadapt.commands import doctor
-from visadapt.errors import InputError
+from visadapt.errors import PACKAGE, InputError, refusals
+from visadapt.files import atomic
 
 REPOSITORY = Path(__file__).parents[1]
 CONFIG = """
@@ -86,7 +87,13 @@ def test_version(capsys):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ([], "the following arguments are required: COMMAND"),
+        ([], "visadapt: error: the following arguments are required: COMMAND; see 'visadapt --help'\n"),
+        (["train"], "visadapt: error: the following arguments are required: config; see 'visadapt train --help'\n"),
+        (["predict", "a", "b", "--batch-size", "0"], "--batch-size: it is a whole number of at least 1, not '0'"),
+        *(
+            (["bench", "speed", option, value], f"{option}: it is a whole number of at least 1, not '{value}'")
+            for option, value in (("--rounds", "0"), ("--batch", "-1"), ("--mixed", "1.5"), ("--size", "x"))
+        ),
         (["trian"], "visadapt: error: unknown command 'trian' (did you mean 'train'?)"),
         (["list", "--nope"], "visadapt: error: unrecognized arguments: --nope; see 'visadapt list --help'\n"),
         (["list", "adaptors"], "invalid choice: 'adaptors'"),
@@ -95,7 +102,8 @@ def test_version(capsys):
 def test_usage_errors(argv, message, capsys):
     with pytest.raises(SystemExit, match="2"):
         cli.main(argv)
-    assert message in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert message in err and err.count("\n") == 1 and err.startswith("visadapt: error: ")
 
 
 @pytest.mark.parametrize(
@@ -109,6 +117,14 @@ def test_usage_errors(argv, message, capsys):
         ),
         (FileNotFoundError(errno.ENOENT, "No such file or directory", "mine.txt"), 2, "mine.txt: no such file"),
         (PermissionError(errno.EACCES, "Permission denied", "given.txt"), 2, "given.txt: permission denied"),
+        (PermissionError(errno.EACCES, "Permission denied", "/inner/file"), 2, "/inner/file: permission denied"),
+        (RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly"), 2, "lower num_workers"),
+        (
+            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
+            2,
+            "batch size",
+        ),
+        (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), 2, "out of memory; lower the batch size"),
         (KeyboardInterrupt(), 130, "interrupted"),
     ],
 )
@@ -134,6 +150,54 @@ def test_a_closed_pipe_is_no_error():
     command = f"{sys.executable} -m visadapt list --json | head -n 1; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "[\n", "")
+
+
+def test_a_closed_output_is_no_error():
+    done = subprocess.run(["bash", "-c", f"{sys.executable} -m visadapt list >&-"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("place", "error", "message"),
+    [
+        ("folder", None, "it is a folder"),
+        ("file.txt/below/a.txt", None, "a file stands where a folder is needed"),
+        ("x" * 300, None, "the name is too long"),
+        ("", None, "it names no file"),
+        ("file.txt", ValueError("I/O error: Permission denied (os error 13)"), "permission denied; the file that was"),
+        ("file.txt", OSError(errno.ENOSPC, "No space left on device"), "no space left on device; the file that was"),
+        ("file.txt", InputError("told (os error 13)"), "told (os error 13)"),
+    ],
+)
+def test_what_cannot_be_written(tmp_path, monkeypatch, place, error, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file.txt").write_text("old")
+    with pytest.raises(InputError) as caught, atomic(place) as temporary:
+        temporary.write_text("new")
+        if error is not None:
+            raise error
+    assert message in str(caught.value)
+    assert (tmp_path / "file.txt").read_text() == "old"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file.txt", "folder"]
+
+
+def test_an_error_about_another_place_stays_what_it_is(tmp_path):
+    with pytest.raises(PermissionError), atomic(tmp_path / "a.txt"):
+        raise PermissionError(errno.EACCES, "Permission denied", "/another/place")
+
+
+def test_only_refusals_of_other_packages_are_the_users():
+    """An error that arises in the package's own files is a bug and keeps its traceback."""
+
+    def fails(file):
+        exec(compile("raise ValueError('no such size')", file, "exec"))
+
+    with pytest.raises(InputError, match="train_dataloader: no such size"), refusals("train_dataloader"):
+        fails("/somewhere/torch/loader.py")
+    with pytest.raises(ValueError, match=r"^no such size") as caught, refusals("train_dataloader"):
+        fails(str(PACKAGE / "datasets" / "base.py"))
+    assert not isinstance(caught.value, InputError)
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)
@@ -231,6 +295,10 @@ def test_check(capsys, config_file, tmp_path):
     assert "no/such/file.pth" in capsys.readouterr().err
     assert cli.main(["check", config_file, weights]) == 2
     assert "no/such/folder" in capsys.readouterr().err
+    assert cli.main(["check", config_file, root, weights, "val_dataloader.batch_size=0"]) == 2
+    assert "val_dataloader: batch_size should be a positive" in capsys.readouterr().err
+    assert cli.main(["check", config_file, root, weights, "model.head.num_classes=4"]) == 2
+    assert "val_dataloader: the data set has 3 classes, the head has 4" in capsys.readouterr().err
     assert cli.main(["check", config_file, weights, "--debug", root, "model.head.num_clases=4"]) == 2
     assert "no key 'num_clases'" in capsys.readouterr().err
 

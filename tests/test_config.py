@@ -147,6 +147,27 @@ def test_all_problems_are_told_at_once(write):
         (("train_cfg =", "val_cfg = dict()\ntrain_cfg ="), "val_dataloader and val_evaluator is missing"),
         (("size = 32", "size = 32\n_base_ = ['x.py']"), "unknown top-level key '_base_'"),
         (("rank=4", "rank=4, layers=print"), "model.adapters.first.layers: a config holds plain values"),
+        (("rank=4", "rank='four'"), "model.adapters.first: LoRA takes rank as int, got 'four'"),
+        (("rank=4", "rank=4, layers=1"), "LoRA takes layers as Sequence[int] | None, got 1"),
+        (("rank=4", "rank=4, layers=[0.5]"), "LoRA takes layers as Sequence[int] | None, got [0.5]"),
+        (
+            ("type=LoRA, rank=4", "type=LinearHead, num_classes=4"),
+            "LinearHead is one of the heads, not of the",
+        ),
+        (("type=LinearHead, num_classes=10", "type=LoRA"), "model.head: LoRA is one of the adapters, not of the heads"),
+        (("max_epochs=1", "max_epochs=0"), "train_cfg.max_epochs must be a whole number of at least 1, got 0"),
+        (
+            ("max_epochs=1", "max_epochs=1, val_interval=0"),
+            "train_cfg.val_interval must be a whole number",
+        ),
+        (("size = 32", "size = 32\nload_from = 'a.pth'"), "load_from does nothing in a config; use --resume FILE"),
+        (("size = 32", "size = 32\nresume = True"), "resume does nothing in a config; use --resume"),
+        (("size = 32", "size = 32\nlog_level = 'INFO'"), "unknown top-level key 'log_level'"),
+        (("paramwise_cfg", "constructor='TrainableGroup', paramwise_cfg"), "unknown constructor 'TrainableGroup'"),
+        (
+            ("paramwise_cfg", "clip_grad=dict(max_nrm=1.0), paramwise_cfg"),
+            "optim_wrapper.clip_grad: clip_grad_norm_ has no argument 'max_nrm' (did you mean 'max_norm'?)",
+        ),
     ],
 )
 def test_one_mistake(write, change, message):

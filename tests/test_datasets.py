@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import io
+import os
+import struct
 import sys
 import types
 from pathlib import Path
@@ -18,7 +21,7 @@ from visadapt.datasets.base import ClassificationDataset, Draw, collate, data_ro
 from visadapt.datasets.cached import FeatureDataset
 from visadapt.datasets.digits import Digits
 from visadapt.datasets.eurosat import EuroSAT
-from visadapt.datasets.folder import FolderDataset
+from visadapt.datasets.folder import FolderDataset, images_below
 from visadapt.datasets.listfile import CSVDataset, ListDataset
 from visadapt.datasets.sampler import EpochSampler
 from visadapt.datasets.vtab import TASKS, VTABDataset
@@ -474,3 +477,92 @@ def test_mmengine_builds_the_loader_and_skips_through_it():
         next(whole)
     resumed = next(stream(11))
     assert torch.equal(next(whole)["inputs"], resumed["inputs"]) and resumed["inputs"].shape == (48, 3, 8, 8)
+
+
+# ---- odd files -------------------------------------------------------------------------------------------------------
+def test_arrays_that_are_no_images_are_unreadable(tmp_path):
+    for name, array, message in (
+        ("nan", np.full((3, 3, 3), np.nan, np.float32), "not finite"),
+        ("infinite", np.full((3, 3, 3), np.inf), "not finite"),
+        ("empty", np.zeros((0, 5, 3), np.uint8), "no pixels"),
+        ("objects", np.array([{}], dtype=object), "damaged"),
+    ):
+        np.save(tmp_path / f"{name}.npy", array)
+        with pytest.raises(files.UnreadableImage, match=rf"{name}\.npy .*{message}"):
+            read_image(tmp_path / f"{name}.npy")
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": (10**6, 10**6, 3)})
+    (tmp_path / "huge.npy").write_bytes(header.getvalue())
+    with pytest.raises(files.UnreadableImage, match=r"huge\.npy is damaged"):
+        read_image(tmp_path / "huge.npy")
+
+
+@pytest.mark.parametrize("dtype", [bool, np.int64, np.uint32, np.float16])
+def test_types_that_opencv_does_not_resize(tmp_path, dtype):
+    image = np.random.default_rng(0).integers(0, 2, (6, 6, 3)).astype(dtype)
+    np.save(tmp_path / "a.npy", image)
+    data = ClassificationDataset([tmp_path / "a.npy"], [0], ["x"], transform=[dict(type="Resize", height=6, width=6)])
+    assert np.array_equal(data[0]["inputs"].numpy().transpose(1, 2, 0), image)
+
+
+def test_a_header_with_an_absurd_size_is_unreadable(tmp_path):
+    path = write(tmp_path / "a.bmp", np.zeros((6, 6, 3), np.uint8))
+    content = bytearray(path.read_bytes())
+    content[18:26] = struct.pack("<ii", 2**30, 2**30)
+    path.write_bytes(content)
+    with pytest.raises(files.UnreadableImage, match=r"a\.bmp is damaged"):
+        read_image(path)
+
+
+def test_what_lies_among_images(folder):
+    """Folders and pipes are passed over, links to nothing are not: an image is missing there."""
+    (folder / "cat" / "album.png").mkdir()
+    os.mkfifo(folder / "cat" / "pipe.png")
+    (folder / "cat" / "lost.png").symlink_to("nowhere.png")
+    assert [p.name for p in images_below(folder / "cat")] == ["0.png", "1.png", "2.png", "lost.png"]
+    with pytest.raises(InputError, match=r"1 of 7 listed images do not exist: .*lost\.png"):
+        FolderDataset(folder)
+
+
+def test_a_folder_that_cannot_be_read_is_told(folder, monkeypatch):
+    def walk(top, onerror):
+        onerror(PermissionError(13, "Permission denied", f"{top}/deep"))
+        return iter(())
+
+    monkeypatch.setattr("visadapt.datasets.folder.os.walk", walk)
+    with pytest.raises(InputError, match=r"folder .*cat/deep cannot be read: permission denied"):
+        images_below(folder / "cat")
+
+
+def test_lists_that_are_none(folder):
+    (folder / "list.csv").write_bytes(b"path,label\n\xff\xfe,0\n")
+    with pytest.raises(InputError, match=r"list\.csv is not UTF-8 text"):
+        CSVDataset("list.csv", root=folder)
+    (folder / "list.csv").write_text('path,label\n"' + "a" * 200_000 + '",0\n')
+    with pytest.raises(InputError, match=r"list\.csv:2: field larger than field limit"):
+        CSVDataset("list.csv", root=folder)
+    for make in (lambda: CSVDataset("cat", root=folder), lambda: ListDataset("cat", root=folder)):
+        with pytest.raises(InputError, match=r"list file 'cat': .* is a folder, a file is needed"):
+            make()
+    for label in ("99999999999", "9" * 5000):
+        (folder / "list.txt").write_text(f"cat/0.png 0\ncat/1.png {label}\n")
+        with pytest.raises(InputError, match=r"list\.txt:2: label '9+' has more than 6 digits"):
+            ListDataset(folder / "list.txt")
+
+
+@pytest.mark.parametrize("problem", ["unreadable", "sizes", "transform"])
+def test_errors_of_workers_are_the_same_one_line(folder, problem):
+    """A worker hands on its traceback as text; what reaches the user is the message alone."""
+    transform = [dict(type="RandomCrop", height=50, width=50)] if problem == "transform" else None
+    if problem == "unreadable":
+        (folder / "cat" / "1.png").write_bytes(b"no image")
+    if problem == "sizes":
+        write(folder / "cat" / "1.png", np.zeros((9, 9, 3), np.uint8))
+    data = FolderDataset(folder, strict=True, transform=transform)
+    said = []
+    for workers in (0, 1):
+        with pytest.raises(InputError) as caught:
+            list(DataLoader(data, batch_size=3, num_workers=workers, collate_fn=collate))
+        said.append((type(caught.value), str(caught.value)))
+    assert said[0] == said[1] and "\n" not in said[0][1]
+    assert "Original Traceback" in caught.value.__notes__[0]  # for --debug

@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -345,3 +346,169 @@ def test_two_processes(config, tmp_path):
 def test_wrong_settings_are_one_line(config, tmp_path, capsys, words, expected):
     assert main(["train", str(config), *words, "--work-dir", str(tmp_path / "x")]) == 2
     assert expected in error_line(capsys)
+
+
+# ---- nothing is lost -------------------------------------------------------------------------------------------------
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file of a folder but logs, which each start writes anew."""
+    return {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--overwrite", "train_dataloader.dataset.split=trian"], "did you mean 'train'"),
+        (["--overwrite", "optim_wrapper.optimizer.lr=-1.0"], "optim_wrapper: Invalid learning rate"),
+        (["--resume", "model.adapters.main.rank=2"], "epoch_4.pth belongs to another model"),
+        (["--resume", "optim_wrapper.optimizer.lr=0.01"], "optim_wrapper.optimizer.lr was 0.001 and is 0.01"),
+        (["--resume", "param_scheduler.T_max=9"], "param_scheduler.T_max was 6 and is 9"),
+        (["--resume", "adapter_last.safetensors"], "no checkpoint"),
+    ],
+)
+def test_a_start_that_is_refused_changes_nothing(config, run, tmp_path, capsys, words, message):
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    words = [str(folder / w) if w.endswith(".safetensors") else w for w in words]
+    assert main(["train", str(config), "--work-dir", str(folder), *words]) == 2
+    assert message in error_line(capsys) and contents(folder) == contents(run)
+
+
+def test_a_start_that_is_refused_does_not_stand_in_the_way(config, tmp_path, capsys):
+    folder = tmp_path / "run"
+    assert main(["train", str(config), "val_dataloader.dataset.split=tset", "--work-dir", str(folder)]) == 2
+    assert "did you mean 'test'" in error_line(capsys)
+    assert main(["train", str(config), "train_cfg.max_epochs=1", "--work-dir", str(folder)]) == 0
+
+
+def test_overwrite_deletes_what_a_run_left_and_nothing_else(config, run, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    (folder / "notes").mkdir()
+    for name in ("thesis.txt", "notes/20250101_120000.txt", "epochs.pth"):
+        (folder / name).write_text("precious")
+    assert main(["train", str(config), "train_cfg.max_epochs=1", "--work-dir", str(folder), "--overwrite"]) == 0
+    assert {p.name for p in folder.glob("*.pth")} == {"epoch_1.pth", "epochs.pth"}
+    assert all((folder / name).read_text() == "precious" for name in ("thesis.txt", "notes/20250101_120000.txt"))
+    assert len(list(folder.glob("2*_*"))) == 1
+
+
+@pytest.mark.parametrize("flag", [[], ["--overwrite"], ["--resume"]])
+def test_a_config_of_the_users_own_is_not_replaced(config, tmp_path, capsys, monkeypatch, flag):
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(config, "config.py")
+    assert main(["train", "config.py", "--work-dir", ".", *flag]) == 2
+    assert "take another --work-dir" in error_line(capsys)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {"config.py": config.read_bytes()}
+
+
+@pytest.mark.parametrize("place", ["file", "file/run", "x" * 300])
+def test_run_folders_that_cannot_be(config, tmp_path, capsys, place):
+    (tmp_path / "file").write_text("old")
+    assert main(["train", str(config), "--work-dir", str(tmp_path / place)]) == 2
+    assert "cannot be written" in error_line(capsys) and (tmp_path / "file").read_text() == "old"
+
+
+def test_an_epoch_that_ends_without_a_finite_loss_leaves_no_checkpoint(config, tmp_path, capsys):
+    """Two steps: the first throws the weights far off, the second has no loss."""
+    words = ["optim_wrapper.optimizer.lr=1e30", "train_dataloader.batch_size=250"]
+    assert main(["train", str(config), *words, "--work-dir", str(tmp_path / "nan")]) == 2
+    assert "not finite" in error_line(capsys)
+    assert not list((tmp_path / "nan").glob("*.pth"))
+
+
+def test_classes_that_do_not_fit_are_found_before_training(config, run, tmp_path, capsys):
+    words = [str(config), "model.head.num_classes=12"]
+    for command in (["train", *words, "--work-dir", str(tmp_path / "x")], ["check", *words]):
+        assert main(command) == 2
+        assert "val_dataloader: the data set has 10 classes, the head has 12" in error_line(capsys)
+    assert main(["test", words[0], str(run / "adapter_best.safetensors"), words[1]]) == 2
+    assert "(10,) in the file and (12,) here" in error_line(capsys)
+
+
+def test_test_takes_the_adapters_of_the_file_and_counts_what_it_cannot_read(config, run, tmp_path, capsys):
+    import cv2
+
+    data = Digits("test")
+    for digit in range(10):
+        (tmp_path / "scans" / str(digit)).mkdir(parents=True)
+        cv2.imwrite(str(tmp_path / "scans" / str(digit) / "0.png"), data.load(data.labels.index(digit)))
+    (tmp_path / "scans" / "3" / "1.png").write_bytes(b"no image")
+    text = config.read_text().replace('Digits, split="test"', f'FolderDataset, root="{tmp_path / "scans"}"')
+    path = tmp_path / "scans.py"
+    path.write_text(f"from visadapt.datasets.folder import FolderDataset\n{text}")
+    found = []
+    for rank in (4, 2):  # what the config says of adapters does not count
+        words = ["test", str(path), str(run / "adapter_best.safetensors"), f"model.adapters.main.rank={rank}"]
+        assert main([*words, "--json"]) == 0
+        found.append(json.loads(capsys.readouterr().out))
+    assert found[0] == found[1] and (found[0]["images"], found[0]["unreadable"]) == (10, 1)
+    assert main(words) == 0 and "1 unreadable images were left out" in capsys.readouterr().out
+
+
+# ---- predict, merge and convert on odd input -------------------------------------------------------------------------
+def test_pictures_of_same_named_images_are_kept_apart(run, tmp_path):
+    import cv2
+
+    scan = Digits("test").load(0)
+    shown = ["same/x/a/b/1.png", "same/y/a/b/1.png", "same/y/a/b/1.jpg", "ö 'é.png", "-x.png", "new\nline.png"]
+    shown += ["long" * 60 + ".png", os.fsdecode(b"bad\xff.png")]
+    for name in shown:
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / name).write_bytes(cv2.imencode(Path(name).suffix, scan)[1].tobytes())
+    out = tmp_path / "out put"
+    assert main(["predict", str(run / "adapter_best.safetensors"), str(tmp_path / "in"), "--out", str(out)]) == 0
+    rows = [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
+    assert sorted(r["path"] for r in rows) == sorted(str(tmp_path / "in" / name) for name in shown)
+    assert len(list(out.glob("*.png"))) == len(shown) and {"a__b__1.png", "a__b__1_2.png"} <= set(os.listdir(out))
+
+
+def test_scores_that_are_no_numbers_are_errors(run, tmp_path, capsys):
+    """The image is fine on its own; inside the network its values overflow."""
+    np.save(tmp_path / "far.npy", np.full((8, 8, 3), 1e30))
+    np.save(tmp_path / "good.npy", Digits("test").load(0))
+    words = ["predict", str(run / "adapter_best.safetensors"), "--out", str(tmp_path / "out")]
+    assert main([*words, str(tmp_path / "far.npy"), str(tmp_path / "good.npy")]) == 0
+    far, good = (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()
+    assert "not finite" in json.loads(far)["error"] and "label" not in json.loads(far) and "label" in json.loads(good)
+    assert [p.name[-8:] for p in (tmp_path / "out").glob("*.png")] == ["good.png"]
+    capsys.readouterr()
+    assert main([*words, str(tmp_path / "far.npy")]) == 2
+    assert "none of the 1 images could be read" in error_line(capsys)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--device", "foo"], "no device 'foo' here; there is cpu"),
+        (["--device", "cuda:99"], "no device 'cuda:99' here; there is cpu"),
+        (["--weights", "gone.pth"], "there is no file"),
+        (["--out", "images/0.txt"], "a file stands where a folder is needed"),
+        (["nothing/*.png"], "no images at 'nothing/*.png'"),
+    ],
+)
+def test_predict_mistakes(run, tmp_path, monkeypatch, capsys, words, message):
+    monkeypatch.chdir(tmp_path)
+    Path("images").mkdir()
+    np.save("images/0.npy", Digits("test").load(0))
+    Path("images/0.txt").write_text("old")
+    assert main(["predict", str(run / "adapter_best.safetensors"), "images", *words]) == 2
+    assert message in error_line(capsys) and Path("images/0.txt").read_text() == "old"
+
+
+def test_weights_are_not_written_over_what_they_are_made_of(config, run, tmp_path, capsys):
+    adapter, base = tmp_path / "a.safetensors", config.parent / "base.safetensors"
+    shutil.copy(run / "adapter_best.safetensors", adapter)
+    before = adapter.read_bytes(), base.read_bytes()
+    merge, convert = ["merge", str(adapter)], ["convert", str(base), "--model", "vit_small_patch14_dinov2"]
+    for command, out, message in (
+        (merge, adapter, "would replace the input"),
+        (merge, base, "would replace the input"),
+        (convert, base, "would replace the input"),
+        (merge, tmp_path / "m.pth", "written as a .safetensors file"),
+        (convert, tmp_path / "m", "written as a .safetensors file"),
+    ):
+        assert main([*command, "--out", str(out)]) == 2
+        assert message in error_line(capsys)
+    assert (adapter.read_bytes(), base.read_bytes()) == before and [p.name for p in tmp_path.iterdir()] == [
+        adapter.name
+    ]

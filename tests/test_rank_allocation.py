@@ -175,7 +175,7 @@ def test_increlora_keeps_factors_orthonormal_part_by_part():
     norms = []
     for piece in model.adapter.pieces.values():
         for a, b in list(zip(piece.a, piece.b))[:3]:  # the first two ranks, and a reserve of two
-            norms += [(a @ a.T - torch.eye(len(a))).norm(), (b.T @ b - torch.eye(len(a))).norm()]
+            norms += [(a @ a.T - torch.eye(len(a))).norm(), (b @ b.T - torch.eye(len(a))).norm()]
     loss = model.adapted.losses()["loss_a_orthogonality"]
     assert_close(loss, 0.1 * torch.stack(norms).mean())
     loss.backward()

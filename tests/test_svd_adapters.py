@@ -1,22 +1,19 @@
-"""Adapters between frozen factors of a weight or of its gradient, and the decompositions that they start from."""
+"""Adapters between frozen factors of a weight or of its gradient."""
 
 from __future__ import annotations
-
-import os
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from visadapt.adapters import lora_xs, salt, ssam, svfit
+from visadapt.adapters._common import decomposed
 from visadapt.adapters.loldu import LoLDU, LoLDUSite, lower_diagonal_upper
 from visadapt.adapters.lora_sb import LoRASB
 from visadapt.adapters.lora_xs import LoRAXS
 from visadapt.adapters.salt import SALT, SALTSite
 from visadapt.adapters.ssam import SSAM, SSAMSite
 from visadapt.adapters.svfit import SVFit
-from visadapt.core import decompose
 from visadapt.core.adapted import Adapted
 from visadapt.core.decompose import svd
 from visadapt.core.lowrank import worth_factoring
@@ -54,81 +51,6 @@ def adapt(adapter, **arch):
     return adapted
 
 
-# ---- decompositions --------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("rank", [None, 0, 2])
-@pytest.mark.parametrize("shape", [(12, 5), (5, 12), (30, 30), (1, 4)])
-def test_decomposition_is_exact_orthonormal_and_signed(shape, rank):
-    w = matrix(shape, rank)
-    u, s, vt = svd(w)
-    one = torch.eye(min(shape))
-    assert_close(u * s @ vt, w)
-    assert_close(u.T @ u, one)
-    assert_close(vt @ vt.T, one)
-    assert (s >= 0).all() and (s[:-1] >= s[1:]).all()
-    assert (u.gather(0, u.abs().argmax(0, keepdim=True)) > 0).all()
-    leading = [u[:, :1], s[:1], vt[:1]]
-    assert all(torch.equal(a, b) for a, b in zip(svd(w, 1), leading))
-
-
-def test_decomposition_separates_neighbours_so_that_the_order_of_rows_does_not_matter():
-    """In float32 the vectors of values that differ by 1e-5 are mixed in a way that depends on every detail."""
-    q, r = (torch.linalg.qr(matrix((n, 20), seed=n).double()).Q for n in (40, 20))
-    w = (q * (1 + 1e-5 * torch.arange(20)) @ r.T).float()
-    order = torch.randperm(40)
-    (u, s, vt), (shuffled, values, others) = svd(w), svd(w[order])
-    for found, expected in ((shuffled, u[order]), (values, s), (others, vt)):
-        assert_close(found, expected, tolerance=1e-6)
-
-
-@pytest.fixture
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv(decompose.CACHE, str(tmp_path / "cache"))
-    monkeypatch.setattr(decompose, "WORTH_KEEPING", 8)
-    return tmp_path / "cache" / "svd"
-
-
-def test_large_decompositions_are_read_back_bit_for_bit(cache, monkeypatch):
-    w = matrix((12, 9))
-    cold = svd(w)
-    monkeypatch.setattr(decompose, "_svd", None)  # nothing is computed from here on
-    assert all(torch.equal(a, b) and b.is_contiguous() for a, b in zip(cold, svd(w)))
-    leading = cold[0][:, :3], cold[1][:3], cold[2][:3]
-    assert all(torch.equal(a, b) and b.is_contiguous() for a, b in zip(leading, svd(w, 3)))
-    assert len(list(cache.iterdir())) == 1
-
-
-def test_small_and_passing_decompositions_are_not_kept(cache):
-    svd(matrix((100, 7)))
-    svd(matrix((12, 9)), keep=False)
-    assert not cache.exists()
-
-
-def test_kept_decompositions_that_were_not_used_for_longest_go_first(cache, monkeypatch):
-    weights = [matrix((12, 9), seed=n) for n in range(3)]
-    files = []
-    for n, w in enumerate(weights[:2]):
-        svd(w)
-        (new,) = set(cache.iterdir()) - set(files)
-        os.utime(new, (n, n))
-        files.append(new)
-    svd(weights[0])  # used again
-    monkeypatch.setattr(decompose, "LIMIT", 2.5 * files[0].stat().st_size)
-    svd(weights[2])
-    assert files[0].exists() and not files[1].exists() and len(list(cache.iterdir())) == 2
-
-
-def test_a_damaged_file_is_replaced_and_a_folder_that_cannot_be_written_is_reported(cache, monkeypatch):
-    w = matrix((12, 9))
-    cold = svd(w)
-    (kept,) = cache.iterdir()
-    kept.write_bytes(kept.read_bytes()[:100])
-    assert all(torch.equal(a, b) for a, b in zip(cold, svd(w)))
-    assert kept.stat().st_size > 100
-    monkeypatch.setenv(decompose.CACHE, str(kept))  # a file where the folder should be
-    with pytest.warns(UserWarning, match=decompose.CACHE):
-        assert all(torch.equal(a, b) for a, b in zip(cold, svd(w)))
-
-
 # ---- the mathematics -------------------------------------------------------------------------------------------------
 @settings(max_examples=25, deadline=None)
 @given(shape=SHAPES, share=st.floats(0, 0.99), rank=st.integers(1, 3), relu=st.sampled_from(["all", "scaled"]))
@@ -145,6 +67,13 @@ def test_salt_is_its_equation(shape, share, rank, relu):
     assert_close(w + piece.delta(), u @ middle @ vt, tolerance=1e-4)
     x = matrix((3, shape[1]), seed=1)
     assert_close(piece(x), x @ piece.delta().T, tolerance=1e-4)
+
+
+@pytest.mark.parametrize(("scaled", "count"), [(5, 5), (0.1, 4), (0.125, 6), (0.001, 1)])
+def test_salt_scales_a_number_of_values_or_a_share_of_them(scaled, count):
+    (piece,) = adapt(SALT(scaled=scaled, rank=2, targets=["fc1"])).pieces("a")
+    assert piece.gain.shape == piece.shift.shape == (count,)
+    assert piece.x.shape == (D - count, 2) and piece.y.shape == (2, D - count)
 
 
 def test_salt_that_clips_the_scaled_values_only_has_low_rank_and_is_run_so():
@@ -295,8 +224,7 @@ def test_trained_values_on_a_vit_b(adapter, fused, all_linear, monkeypatch):
         rank = rank or min(weight.shape)
         return torch.zeros(weight.shape[0], rank), torch.zeros(rank), torch.zeros(rank, weight.shape[1])
 
-    for module in (salt, ssam, svfit, lora_xs):
-        monkeypatch.setattr(module, "svd", empty)
+    monkeypatch.setattr(decomposed, "svd", empty)
     monkeypatch.setattr(
         "visadapt.adapters.loldu.lower_diagonal_upper", lambda w: (w, torch.ones(min(w.shape)), w[: min(w.shape)])
     )
@@ -306,6 +234,24 @@ def test_trained_values_on_a_vit_b(adapter, fused, all_linear, monkeypatch):
         made = adapted.add("a", adapter(targets=targets))
         assert 12 * sum(p.numel() for p in made.parameters()) == expected
         adapted.remove("a")
+
+
+def test_every_piece_has_the_factors_of_its_own_weight():
+    for adapter in (SSAM(), LoLDU()):
+        adapted = adapt(adapter, depth=2)
+        for piece in adapted.pieces("a"):
+            w = adapted.backbone.body.get_submodule(piece.site.path).weight[slice(*(piece.site.rows or (None,)))]
+            if isinstance(adapter, SSAM):
+                assert_close(piece.u * piece.s @ piece.vt, w)
+            else:
+                assert_close(piece.lower * piece.d @ piece.upper, w)
+
+
+@pytest.mark.parametrize(
+    "adapter", [SALT(rank=2), SSAM(), SVFit(), LoLDU(), LoRAXS(rank=2)], ids=lambda a: type(a).__name__
+)
+def test_factors_are_not_held_twice(adapter):
+    assert adapt(adapter).adapters["a"].factors == {}
 
 
 @pytest.mark.parametrize(

@@ -111,7 +111,7 @@ def read(path: str | os.PathLike) -> dict[str, Any]:
     except PermissionError as error:
         raise InputError(f"checkpoint {path} cannot be read: permission denied") from error
     except Exception as error:  # a damaged file can fail in any way
-        raise InputError(f"{path} is damaged or cut off and cannot be read; name another with --resume FILE") from error
+        raise InputError(f"{path} is damaged or cut off, or no checkpoint; name another with --resume FILE") from error
     if not isinstance(content, dict) or any(not isinstance(content.get(k), kind) for k, kind in CONTENT.items()):
         raise InputError(f"{path} is no checkpoint of a training run; adapter files go to visadapt test or predict")
     return content

@@ -13,6 +13,7 @@ from typing import NoReturn
 
 from . import __version__
 from .errors import InputError, hint
+from .files import FULL
 
 COMMANDS = {
     "train": "train an adapter and a head from a config",
@@ -28,7 +29,6 @@ COMMANDS = {
     "doctor": "check the installation",
 }
 DONE, BUG, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
-FULL = (errno.ENOSPC, errno.EDQUOT)
 FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
@@ -65,7 +65,7 @@ def _system_problem(error: OSError, argv: Sequence[str]) -> str | None:
         return f"{error.filename}: {os.strerror(error.errno).lower()}"
     if error.errno in FULL:
         place = f" while writing {error.filename}" if error.filename else ""
-        return f"{os.strerror(error.errno).lower()}{place}; free some space and run the command again"
+        return f"{FULL[error.errno]}{place}; free some space and run the command again"
     given = {part for word in argv for part in (word, word.partition("=")[2]) if part}
     if error.filename is not None and str(error.filename) in given:
         return f"{error.filename}: {(error.strerror or str(error)).lower()}"

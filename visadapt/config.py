@@ -28,7 +28,7 @@ from .registry import ADAPTERS, BACKBONES, DATASETS, HEADS, LOSSES, METRICS, TAS
 OWN_KEYS = {"model_wrapper_cfg", "find_unused_parameters", "cache_features"}
 """Top-level keys that are no arguments of mmengine's Runner."""
 
-COMMAND_LINE = {"resume": "--resume", "load_from": "--resume FILE"}
+COMMAND_LINE = {"resume": "--resume", "load_from": "--resume FILE", "launcher": "tools/dist_train.sh"}
 """Arguments of the Runner that are set on the command line, by what sets them."""
 
 TOP_KEYS = set(inspect.signature(Runner).parameters) - {"cfg", "log_level"} | OWN_KEYS

@@ -14,6 +14,9 @@ from .errors import InputError
 UMASK = os.umask(0)
 os.umask(UMASK)
 
+FULL = {errno.ENOSPC: "no space left on device", errno.EDQUOT: "disk quota exceeded"}
+"""Errors of a disk that takes no more, in words."""
+
 
 @contextmanager
 def atomic(path: str | os.PathLike) -> Iterator[Path]:
@@ -37,15 +40,14 @@ def atomic(path: str | os.PathLike) -> Iterator[Path]:
         with suppress(OSError):  # there may be no such folder
             temporary.unlink()
         if reason := _storage_problem(error, {path, temporary, *path.parents}):
-            intact = "; the file that was there is intact" if path.is_file() else ""
+            intact = "; the file that was there is intact" if os.path.isfile(path) else ""
             raise InputError(f"cannot write {path}: {reason}{intact}") from error
         raise
 
 
 def _storage_problem(error: BaseException, places: set[Path]) -> str:
     """Why the disk refused, or "" where the error is of another sort or about another place."""
-    reasons = {errno.ENOSPC: "no space left on device", errno.EDQUOT: "disk quota exceeded"}
-    reasons |= {errno.EACCES: "permission denied", errno.EROFS: "read-only file system", errno.EFBIG: "file too large"}
+    reasons = FULL | {errno.EACCES: "permission denied", errno.EROFS: "read-only file system", errno.EFBIG: "file too large"}
     reasons |= dict.fromkeys((errno.EEXIST, errno.ENOTDIR), "a file stands where a folder is needed")
     reasons |= {errno.EISDIR: "it is a folder", errno.ENAMETOOLONG: "the name is too long"}
     if isinstance(error, InputError):  # it has been told already

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 from mmengine.config import Config
@@ -30,18 +31,20 @@ def claim(folder: Path, resume: bool, overwrite: bool) -> None:
     """Make the folder of a run; an earlier run in it is neither mixed with the new one nor lost by accident.
 
     Raises:
-        InputError: the folder cannot be made; it holds a run, and neither resume nor overwrite was asked for; or it
+        InputError: the folder cannot be written; it holds a run, and neither resume nor overwrite was asked for; or it
             holds a config that is no run's.
     """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder) as probe:
+            probe.write(bytes(1 << 16))
+    except OSError as error:
+        raise InputError(f"run folder {folder} cannot be written: {(error.strerror or str(error)).lower()}") from error
     if (folder / "metrics.jsonl").exists():
         if not resume and not overwrite:
             raise InputError(f"{folder} holds an earlier run; --resume goes on with it, --overwrite replaces it")
     elif (folder / "config.py").exists():
         raise InputError(f"{folder} holds a config.py and no run; a run would replace it, take another --work-dir")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"run folder {folder} cannot be made: {(error.strerror or str(error)).lower()}") from error
 
 
 def keep_schedule(cfg: Config, folder: Path) -> None:

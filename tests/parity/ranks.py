@@ -128,34 +128,38 @@ def increlora(kit):
         adapter, *(given[f"l{n}.weight"].shape[1] for n in range(depth)), len(given[f"l{depth - 1}.bias"])
     )
     adapted.train()
-    official = {"a": "lora_A", "e": "lora_E", "b": "lora_B"}
+    official = {"lora_A": lambda p: p.a, "lora_E": lambda p: p.e, "lora_B": lambda p: p.b}
     for n, piece in enumerate(pieces):
         adapted.backbone.body[n].load_state_dict({k: given[f"l{n}.{k}"] for k in ("weight", "bias")})
-        for ours, theirs in official.items():
-            getattr(piece, ours)[0].data.copy_(given[f"l{n}.{theirs}.0"].view_as(getattr(piece, ours)[0]))
+        for name, parts in official.items():
+            parts(piece)[0].data.copy_(turned(name, given[f"l{n}.{name}.0"]))
         for name, value in fed.items():
             if name.startswith("new_") and name.split("_")[3] == f"l{n}":
-                part = {"A": piece.a, "B": piece.b}[name[4]][int(name.rsplit("_", 1)[1])]
-                part.data.copy_(value)
+                letter, part = f"lora_{name[4]}", int(name.rsplit("_", 1)[1])
+                official[letter](piece)[part].data.copy_(turned(letter, value))
 
     outputs, gradients = {"orth_regu": sum(adapter.losses().values())}, {}
     outputs["y"] = adapted.backbone(fed["x"])
     (outputs["y"] * fed["cotangent"]).sum().backward()
     for n, piece in enumerate(pieces):
-        gradients |= {f"l{n}.{theirs}.0": getattr(piece, ours)[0].grad for ours, theirs in official.items()}
-        gradients[f"l{n}.lora_E.0"] = gradients[f"l{n}.lora_E.0"][:, None]
+        gradients |= {f"l{n}.{name}.0": turned(name, parts(piece)[0].grad) for name, parts in official.items()}
     trace(args, fed, adapted, adapter, outputs)
     for n, piece in enumerate(pieces):
-        state = adapted.backbone.body[n].state_dict() | {
-            "ranknum": torch.tensor([float(adapter.ranks()[piece.site.key])])
-        }
-        for ours, theirs in official.items():
-            state |= {f"{theirs}.{j}": v[:, None] if ours == "e" else v for j, v in enumerate(getattr(piece, ours))}
+        state = adapted.backbone.body[n].state_dict() | {"ranknum": ranks(adapter)[n : n + 1]}
+        for name, parts in official.items():
+            state |= {f"{name}.{j}": turned(name, part) for j, part in enumerate(parts(piece))}
         outputs |= {f"final.l{n}.{k}": v for k, v in state.items()}
     for name in (k for k in recorded if ".lora_E." in k and recorded[k].abs().max() < 1e-4):
         error = (outputs[name] - recorded[name]).abs().max()
         assert error <= 1e-7, f"{name} differs by {error:.1e}"  # they lie below the kit's tolerance
     return outputs, gradients
+
+
+def turned(name, value):
+    """Between our layout and the official one: e (n,) and (n, 1), b (n, out) and (out, n)."""
+    if name == "lora_E":
+        return value[:, None] if value.ndim == 1 else value[:, 0]
+    return value.T if name == "lora_B" else value
 
 
 def ranks(adapter):

@@ -21,9 +21,10 @@ from ..registry import ADAPTERS
 class IncreLoRASite(Delta):
     """delta = alpha / (n + 1e-5) B diag(e) A in parts, one of the first ranks and one per further rank.
 
-    Every part has its own parameters, so that an optimizer starts afresh with it. `active` parts count; up to the
-    `born` ones there is a reserve whose e is held; the others wait behind a mask. The buffer `counts` holds both
-    numbers too, for files and for masks on the device.
+    Every part has its own parameters, a (n, dim_in), e (n,) and b (n, dim_out), so that an optimizer starts afresh with
+    it; B is the transpose of all b. The first `active` parts count; behind them, up to `born`, there is a reserve whose
+    e is held; the others wait behind a mask. The buffer `counts` holds both numbers too, for files and for masks on the
+    device.
     """
 
     def __init__(self, site: Site, rank: int, max_rank: int, alpha: float, dropout: float, advance: bool) -> None:
@@ -32,7 +33,7 @@ class IncreLoRASite(Delta):
         starts = [0.0] + [1e-5 if advance else 0.0] * (len(sizes) - 1)
         self.a = nn.ParameterList(nn.Parameter(0.02 * torch.randn(n, site.dim_in)) for n in sizes)
         self.e = nn.ParameterList(nn.Parameter(torch.full((n,), start)) for n, start in zip(sizes, starts))
-        self.b = nn.ParameterList(nn.Parameter(0.02 * torch.randn(site.dim_out, n)) for n in sizes)
+        self.b = nn.ParameterList(nn.Parameter(0.02 * torch.randn(n, site.dim_out)) for n in sizes)
         self.alpha, self.dropout, self.scoring = alpha, dropout, False
         self.register_buffer("counts", torch.empty(2, dtype=torch.long))
         self.set_counts(1, 1)
@@ -46,7 +47,7 @@ class IncreLoRASite(Delta):
     def _pair(self) -> tuple[Tensor, Tensor]:
         e, (active, born) = torch.cat(list(self.e)), self.part < self.counts[:, None]
         e = torch.where(active, e, e.detach()) * born * (self.alpha / (active.sum() + 1e-5))
-        return torch.cat(list(self.a)) * e[:, None], torch.cat(list(self.b), 1)
+        return torch.cat(list(self.a)) * e[:, None], torch.cat(list(self.b)).T
 
     def factors(self) -> tuple[Tensor, Tensor, float] | None:
         return None if self.scoring and self.training else (*self._pair(), 1.0)
@@ -173,7 +174,7 @@ class IncreLoRA(Adapter):
             return {}
         by_shape: dict[torch.Size, list[Tensor]] = {}
         for piece in self.pieces.values():
-            for part in (*list(piece.a)[: piece.born], *(b.T for b in list(piece.b)[: piece.born])):
+            for part in (*list(piece.a)[: piece.born], *list(piece.b)[: piece.born]):
                 by_shape.setdefault(part.shape, []).append(part)
         norms = []
         for parts in map(torch.stack, by_shape.values()):

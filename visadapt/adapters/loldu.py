@@ -7,11 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..core.adapter import Adapter
 from ..core.kinds import Delta
 from ..core.sites import CONVS, LINEARS, Site
-from ..errors import InputError
 from ..registry import ADAPTERS
+from ._common.decomposed import Decomposed, require_rank
 
 
 def lower_diagonal_upper(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -46,7 +45,7 @@ class LoLDUSite(Delta):
 
 
 @ADAPTERS.register_module()
-class LoLDU(Adapter):
+class LoLDU(Decomposed):
     """W = P L D U; trained is the diagonal of the first r pivots: W' = W + s P L_r diag(z - D_r) U_r, s = alpha / r.
 
     That is the publication's W_res + s P L_r diag(z) U_r with W_res = W - s P L_r diag(D_r) U_r; z starts at D_r, so
@@ -83,11 +82,15 @@ class LoLDU(Adapter):
             self.require_positive(rank=rank)
         self.rank, self.alpha = rank, alpha
 
-    def make(self, site: Site, backbone, shared: nn.ModuleDict) -> LoLDUSite:
-        weight = self.weight(site, backbone)
-        rank = min(weight.shape) if self.rank is None else self.rank
-        if rank > min(weight.shape):
-            shape = "{} x {}".format(*weight.shape)
-            raise InputError(f"LoLDU: rank {rank} exceeds the site {site.key} of {shape}; lower it")
+    def components(self, site: Site, shape: tuple[int, int]) -> int | None:
+        if self.rank is not None:
+            require_rank("LoLDU", self.rank, site, shape)
+        return self.rank
+
+    def decompose(self, weight: Tensor, components: int | None) -> tuple[Tensor, Tensor, Tensor]:
         lower, d, upper = lower_diagonal_upper(weight)
-        return LoLDUSite(site, (lower[:, :rank].clone(), d[:rank].clone(), upper[:rank].clone()), self.alpha / rank)
+        return lower[:, :components].contiguous(), d[:components].clone(), upper[:components].clone()
+
+    def make(self, site: Site, backbone, shared: nn.ModuleDict) -> LoLDUSite:
+        factors = self.factors.pop(site.key)
+        return LoLDUSite(site, factors, self.alpha / len(factors[1]))

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from ..core.adapter import Adapter
-from ..core.decompose import svd
+from ..core.decompose import one_core_each, svd
 from ..core.kinds import Delta
 from ..core.progress import Progress
 from ..core.sites import CONVS, LINEARS, Site
 from ..errors import InputError
 from ..registry import ADAPTERS
+from ._common.decomposed import require_rank
 
 
 class LoRASBSite(Delta):
@@ -26,9 +27,8 @@ class LoRASBSite(Delta):
         self.register_buffer("b", torch.zeros(outputs, rank))
 
     @torch.no_grad()
-    def begin(self, step: Tensor) -> None:
-        """Start at the best approximation of `step` (o, i): orthonormal A and B, its singular values in R."""
-        u, s, vt = svd(step, len(self.r), keep=False)
+    def begin(self, u: Tensor, s: Tensor, vt: Tensor) -> None:
+        """Start at the product of U (o, r), diag(S) (r,) and Vt (r, i), with orthonormal outer factors."""
         self.b.copy_(u)
         self.r.copy_(s.diag())
         self.a.copy_(vt)
@@ -82,13 +82,15 @@ class LoRASB(Adapter):
 
     def make(self, site: Site, backbone, shared: nn.ModuleDict) -> LoRASBSite:
         o, i = self.weight(site, backbone).shape
-        if self.rank > min(o, i):
-            raise InputError(f"LoRASB: rank {self.rank} exceeds the site {site.key} of {o} x {i}; lower it")
+        require_rank("LoRASB", self.rank, site, (o, i))
         return LoRASBSite(site, o, i, self.rank)
 
     def calibrate(self, statistic: dict[str, Tensor]) -> None:
-        for key, piece in self.pieces.items():
-            piece.begin(-self.first_lr * statistic[key].sign())
+        def approximate(key: str) -> tuple[Tensor, Tensor, Tensor]:
+            return svd(-self.first_lr * statistic[key].sign(), self.rank, keep=False)
+
+        for piece, factors in zip(self.pieces.values(), one_core_each(approximate, self.pieces)):
+            piece.begin(*factors)
 
     def on_step(self, progress: Progress) -> None:
         if progress.step == 0 and not all(piece.b.any() for piece in self.pieces.values()):

@@ -7,12 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..core.adapter import Adapter
-from ..core.decompose import svd
 from ..core.kinds import Delta
 from ..core.sites import CONVS, LINEARS, Site
-from ..errors import InputError
 from ..registry import ADAPTERS
+from ._common.decomposed import Decomposed, require_rank
 
 STD = 1e-5
 """Of R at the start, as published."""
@@ -33,7 +31,7 @@ class LoRAXSSite(Delta):
 
 
 @ADAPTERS.register_module()
-class LoRAXS(Adapter):
+class LoRAXS(Decomposed):
     """W' = W + s B R A, s = alpha / r, with A = diag(S_r) Vt_r and B = U_r of the truncated W = U diag(S) Vt.
 
     Only R (r, r) trains: r^2 values per site, whatever its width. R starts at N(0, 1e-5^2), so that a fresh adapter
@@ -66,10 +64,10 @@ class LoRAXS(Adapter):
         self.require_positive(rank=rank)
         self.rank, self.alpha = rank, alpha
 
+    def components(self, site: Site, shape: tuple[int, int]) -> int:
+        require_rank("LoRAXS", self.rank, site, shape)
+        return self.rank
+
     def make(self, site: Site, backbone, shared: nn.ModuleDict) -> LoRAXSSite:
-        weight = self.weight(site, backbone)
-        if self.rank > min(weight.shape):
-            shape = "{} x {}".format(*weight.shape)
-            raise InputError(f"LoRAXS: rank {self.rank} exceeds the site {site.key} of {shape}; lower it")
-        u, s, vt = svd(weight, self.rank)
+        u, s, vt = self.factors.pop(site.key)
         return LoRAXSSite(site, s[:, None] * vt, u, 1.0 if self.alpha is None else self.alpha / self.rank)

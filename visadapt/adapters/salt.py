@@ -8,12 +8,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..core.adapter import Adapter
-from ..core.decompose import svd
 from ..core.kinds import Delta
 from ..core.sites import CONVS, LINEARS, Site
 from ..errors import InputError, hint
 from ..registry import ADAPTERS
+from ._common.decomposed import Decomposed, require_rank
 
 RELU = ("all", "scaled")
 
@@ -55,7 +54,7 @@ class SALTSite(Delta):
 
 
 @ADAPTERS.register_module()
-class SALT(Adapter):
+class SALT(Decomposed):
     """Of the singular values of a weight, the leading ones are scaled and shifted, the rest is changed at low rank.
 
     W = U diag(S) Vt becomes W' = U relu(M) Vt, where M is diag(gain S_k + shift) for the k leading values and
@@ -101,19 +100,20 @@ class SALT(Adapter):
             raise InputError(f"SALT: unknown relu '{relu}'{hint(relu, RELU)}")
         self.scaled, self.rank, self.relu, self.penalty = scaled, rank, relu, penalty
 
-    def make(self, site: Site, backbone, shared: nn.ModuleDict) -> SALTSite:
-        weight = self.weight(site, backbone)
-        smaller = min(weight.shape)
-        count = self.scaled if self.scaled >= 1 else max(1, math.floor(smaller * self.scaled))
-        shape = "{} x {}".format(*weight.shape)
-        if count >= smaller:
+    def _count(self, smaller: int) -> int:
+        return self.scaled if self.scaled >= 1 else max(1, math.floor(smaller * self.scaled))
+
+    def components(self, site: Site, shape: tuple[int, int]) -> None:
+        require_rank("SALT", self.rank, site, shape)
+        if (count := self._count(min(shape))) >= min(shape):
             raise InputError(
-                f"SALT: scaled {count} leaves none of the {smaller} singular values of {site.key} ({shape}) to X Y; "
-                "lower it, or use SSAM to scale all"
+                f"SALT: scaled {count} leaves none of the {min(shape)} singular values of {site.key} to X Y; lower it, "
+                "or use SSAM to scale all"
             )
-        if self.rank > smaller:
-            raise InputError(f"SALT: rank {self.rank} exceeds the site {site.key} of {shape}; lower it")
-        return SALTSite(site, svd(weight), count, self.rank, self.relu)
+
+    def make(self, site: Site, backbone, shared: nn.ModuleDict) -> SALTSite:
+        factors = self.factors.pop(site.key)
+        return SALTSite(site, factors, self._count(len(factors[1])), self.rank, self.relu)
 
     def losses(self) -> dict[str, Tensor]:
         if not self.penalty:

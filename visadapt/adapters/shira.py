@@ -49,8 +49,11 @@ class SHiRASite(Delta):
     def __init__(self, site: Site, shape: tuple[int, int], index: Tensor, from_data: bool) -> None:
         super().__init__(site)
         self.values = nn.Parameter(torch.zeros(len(index)))
-        self.register_buffer("index", index.int(), persistent=from_data)
+        self.register_buffer("index", index.long(), persistent=from_data)
         self.shape = shape
+
+    def stored(self) -> dict[str, Tensor]:
+        return {k: v.int() if k == "index" else v for k, v in super().stored().items()}
 
     def entries(self) -> Entries:
         return Entries(self.index, self.values)
@@ -77,7 +80,7 @@ class SHiRA(Adapter):
     Linears as published; convolutions are taken as (o, i kh kw), which is ours.
 
     Args:
-        rank: k / (o + i).
+        rank: k / (o + i). 5 is 1 % of the linears of a ViT-B; the paper changes 1 to 2 %.
         mask: one of the five above.
         seed: of random places. Each site draws with this number and its own name.
         same_seed: all sites draw with `seed` alone, as in HF PEFT; sites of equal shape then share their places.
@@ -94,7 +97,7 @@ class SHiRA(Adapter):
 
     def __init__(
         self,
-        rank: int = 8,
+        rank: int = 5,
         mask: str = "magnitude",
         seed: int = 0,
         same_seed: bool = False,

@@ -8,12 +8,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..core.adapter import Adapter
-from ..core.decompose import svd
 from ..core.kinds import Delta
 from ..core.sites import CONVS, LINEARS, Site
 from ..errors import InputError
 from ..registry import ADAPTERS
+from ._common.decomposed import Decomposed
 
 
 class SSAMSite(Delta):
@@ -37,7 +36,7 @@ class SSAMSite(Delta):
 
 
 @ADAPTERS.register_module()
-class SSAM(Adapter):
+class SSAM(Decomposed):
     """S-SAM: W' = U diag(relu(gain S + shift)) Vt for the singular values S of the frozen weight W = U diag(S) Vt.
 
     Trained are gain and shift of the k leading values, 2 k per site; convolutions are taken as (o, i kh kw). With
@@ -71,15 +70,16 @@ class SSAM(Adapter):
             raise InputError(f"SSAM: fraction must be above 0 and at most 1, got {fraction!r}")
         self.fraction, self.penalty = fraction, penalty
 
-    def make(self, site: Site, backbone, shared: nn.ModuleDict) -> SSAMSite:
-        weight = self.weight(site, backbone)
-        count = math.floor(min(weight.shape) * self.fraction)
+    def components(self, site: Site, shape: tuple[int, int]) -> int:
+        count = math.floor(min(shape) * self.fraction)
         if not count:
             raise InputError(
-                f"SSAM: fraction {self.fraction} is none of the {min(weight.shape)} singular values of {site.key}; "
-                "raise it"
+                f"SSAM: fraction {self.fraction} is none of the {min(shape)} singular values of {site.key}; raise it"
             )
-        return SSAMSite(site, svd(weight, count))
+        return count
+
+    def make(self, site: Site, backbone, shared: nn.ModuleDict) -> SSAMSite:
+        return SSAMSite(site, self.factors.pop(site.key))
 
     def losses(self) -> dict[str, Tensor]:
         if not self.penalty:

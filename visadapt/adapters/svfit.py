@@ -6,12 +6,10 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from ..core.adapter import Adapter
-from ..core.decompose import svd
 from ..core.kinds import Delta
 from ..core.sites import CONVS, LINEARS, Site
-from ..errors import InputError
 from ..registry import ADAPTERS
+from ._common.decomposed import Decomposed, require_rank
 
 
 class SVFitSite(Delta):
@@ -30,7 +28,7 @@ class SVFitSite(Delta):
 
 
 @ADAPTERS.register_module()
-class SVFit(Adapter):
+class SVFit(Decomposed):
     """W' = U_r diag(sigma) Vt_r + W_e: trained singular values of the best rank-r part of the weight, the rest frozen.
 
     sigma starts at the singular values S_r, so that nothing changes; r values per site. Convolutions are taken as
@@ -66,14 +64,15 @@ class SVFit(Adapter):
         self.require_rate(energy=energy)
         self.rank, self.energy = rank, energy
 
-    def make(self, site: Site, backbone, shared: nn.ModuleDict) -> SVFitSite:
-        weight = self.weight(site, backbone)
+    def components(self, site: Site, shape: tuple[int, int]) -> int | None:
         if self.rank is not None:
-            if self.rank > min(weight.shape):
-                shape = "{} x {}".format(*weight.shape)
-                raise InputError(f"SVFit: rank {self.rank} exceeds the site {site.key} of {shape}; lower it")
-            return SVFitSite(site, svd(weight, self.rank))
-        u, s, vt = svd(weight)
-        held = s.double().square().cumsum(0)
-        rank = min(len(s), 1 + int((held <= self.energy * held[-1]).sum()))
-        return SVFitSite(site, (u[:, :rank].contiguous(), s[:rank].clone(), vt[:rank].clone()))
+            require_rank("SVFit", self.rank, site, shape)
+        return self.rank
+
+    def make(self, site: Site, backbone, shared: nn.ModuleDict) -> SVFitSite:
+        u, s, vt = self.factors.pop(site.key)
+        if self.rank is None:
+            held = s.double().square().cumsum(0)
+            rank = min(len(s), 1 + int((held <= self.energy * held[-1]).sum()))
+            u, s, vt = u[:, :rank].contiguous(), s[:rank].clone(), vt[:rank].clone()
+        return SVFitSite(site, (u, s, vt))

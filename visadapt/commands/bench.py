@@ -14,7 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "what", choices=["speed", "train", "report"], help="the benchmark, or the report of stored results"
     )
     parser.add_argument("config", nargs="?", help="train: the config to run")
-    parser.add_argument("overrides", nargs="*", help="train: a.b.c=value")
+    parser.add_argument("overrides", nargs="*", default=[], help="train: a.b.c=value")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="train: one run and stored line each")
     parser.add_argument("--work-dir", default="work_dirs/bench", help="train: where the runs go")
     parser.add_argument("--method", nargs="+", default=[], metavar="NAME", help="speed: adapters to time too, or 'all'")

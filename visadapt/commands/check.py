@@ -7,7 +7,7 @@ import argparse
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", help="a config file")
-    parser.add_argument("overrides", nargs="*", help="a.b.c=value, for keys that the config has")
+    parser.add_argument("overrides", nargs="*", default=[], help="a.b.c=value, for keys that the config has")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -12,7 +12,7 @@ from ..errors import InputError, refusals
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", help="the config whose data are used")
     parser.add_argument("adapter", help="adapter file of a run")
-    parser.add_argument("overrides", nargs="*", help="a.b.c=value, for keys that the config has")
+    parser.add_argument("overrides", nargs="*", default=[], help="a.b.c=value, for keys that the config has")
     parser.add_argument("--cfg-options", nargs="+", default=[], help="the same as positional overrides")
     parser.add_argument("--out", help="folder for report.json, confusion.png and predictions.png")
     parser.add_argument("--json", action="store_true", help="print the metrics as one JSON object")
@@ -23,6 +23,7 @@ def run(args: argparse.Namespace) -> int:
     from mmengine.runner import Runner
 
     from .. import config
+    from ..engine import check_classes
     from ..registry import TASKS
     from ..run_report import evaluate, evaluation_files
 
@@ -34,6 +35,7 @@ def run(args: argparse.Namespace) -> int:
     report = task.adapted.load(args.adapter, heads=task.heads)
     with refusals(f"{part}_dataloader"):
         loader = Runner.build_dataloader(cfg[f"{part}_dataloader"], seed=0)
+    check_classes(task, loader.dataset, f"{part}_dataloader")
     evaluator = Evaluator(cfg[f"{part}_evaluator"])
     evaluator.dataset_meta = loader.dataset.metainfo
     metrics = evaluate(task, loader, evaluator)

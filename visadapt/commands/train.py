@@ -9,7 +9,7 @@ from pathlib import Path
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", help="a config file")
-    parser.add_argument("overrides", nargs="*", help="a.b.c=value, for keys that the config has")
+    parser.add_argument("overrides", nargs="*", default=[], help="a.b.c=value, for keys that the config has")
     parser.add_argument("--cfg-options", nargs="+", default=[], help="the same as positional overrides")
     parser.add_argument("--work-dir", help="folder of the run; work_dirs/<config> by default")
     parser.add_argument(
@@ -21,8 +21,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from .. import config
 
-    cfg = config.load(args.config, [*args.overrides, *args.cfg_options])
-    train(cfg, args.work_dir, resume=args.resume, overwrite=args.overwrite)
+    overrides, resume = [*args.overrides, *args.cfg_options], args.resume
+    if resume is not None and "=" in resume and not Path(resume).exists():  # the option takes in the word behind it
+        overrides, resume = [resume, *overrides], "auto"
+    train(config.load(args.config, overrides), args.work_dir, resume=resume, overwrite=args.overwrite)
     return 0
 
 
@@ -39,6 +41,7 @@ def train(cfg, work_dir: str | None = None, resume: str | None = None, overwrite
         The runner.
     """
     from .. import engine
+    from ..files import FULL
     from ..run_folder import RunFolder, claim, keep_schedule
     from ..run_report import write_report
 
@@ -63,6 +66,10 @@ def train(cfg, work_dir: str | None = None, resume: str | None = None, overwrite
         if main_process:
             for path in write_report(runner):
                 print(f"wrote {path}")
+    except OSError as error:
+        if error.errno in FULL:
+            error.filename = error.filename or str(folder)  # a full disk does not say where
+        raise
     finally:
         engine.close()
     return runner

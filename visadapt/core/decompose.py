@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import os
+import threading
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -31,9 +34,25 @@ LIMIT = 8 * 2**30
 WELL_CONDITIONED = 1e-4
 """Smallest over largest singular value from which on the Gram matrix in float64 gives vectors exact to float32."""
 
+WRITING = threading.Lock()
+"""Equal weights have one file."""
+
 
 def cache_folder() -> Path:
     return Path(os.environ.get(CACHE) or Path.home() / ".cache" / "visadapt")
+
+
+def one_core_each(function: Callable[..., Any], *arguments: Iterable[Any]) -> list[Any]:
+    """[function(*a) for a in zip(*arguments)], as many at once as torch uses threads, each with one thread.
+
+    Decompositions gain little from several threads, and lose a lot by waiting for each other where cores are shared.
+    """
+    threads = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            return list(pool.map(function, *arguments))
+    finally:
+        torch.set_num_threads(threads)  # it also is what threads made later start from
 
 
 def svd(weight: Tensor, rank: int | None = None, keep: bool = True) -> tuple[Tensor, Tensor, Tensor]:
@@ -83,7 +102,7 @@ def _keep(path: Path, factors: tuple[Tensor, Tensor, Tensor]) -> None:
     """Write a file, and say so where that cannot be done."""
     folder = path.parent
     try:
-        with atomic(path) as temporary:
+        with WRITING, atomic(path) as temporary:
             save_file(dict(zip(("u", "s", "vt"), factors)), temporary)
     except (InputError, OSError):
         warnings.warn(
@@ -108,28 +127,18 @@ def _tidy(folder: Path) -> None:
             kept.unlink(missing_ok=True)
 
 
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """More threads change the last bits, gain little here, and lose a lot by waiting where cores are shared."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
 def _svd(matrix: Tensor, rank: int | None) -> tuple[Tensor, Tensor, Tensor]:
     wide = matrix.shape[0] < matrix.shape[1]
     tall = (matrix.T if wide else matrix).double()
-    with _one_thread():
+    u = None
+    if tall.shape[0] >= 2 * tall.shape[1]:  # half the time; square weights are seldom well-conditioned
         squares, v = torch.linalg.eigh(tall.T @ tall)
         s, v = squares.flip(0).clamp(min=0).sqrt(), v.flip(1)
         if s[-1] > WELL_CONDITIONED * s[0]:
             u = tall @ v / s
-        else:
-            u, s, vt = torch.linalg.svd(tall, full_matrices=False)
-            v = vt.T
+    if u is None:
+        u, s, vt = torch.linalg.svd(tall, full_matrices=False)
+        v = vt.T
     u, v = (v, u) if wide else (u, v)
     sign = u[u.abs().argmax(0), torch.arange(u.shape[1])].sign()
     factors = (u * sign)[:, :rank], s[:rank], (v * sign).T[:rank]

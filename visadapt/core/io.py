@@ -81,7 +81,7 @@ def fingerprint(adapted: Adapted) -> str:
     tensors = {k: v for k, v in adapted.backbone.body.state_dict().items() if v.is_floating_point()}
     tensors |= adapted.base_values.originals
     for path, original in adapted.merger.originals.items():
-        weight, bias = original.whole(adapted.backbone.body.get_submodule(path))
+        weight, bias = original.of(adapted.backbone.body.get_submodule(path))
         tensors[f"{path}.weight"] = weight
         tensors.pop(f"{path}.bias", None)
         if bias is not None:
@@ -189,10 +189,10 @@ def read_manifest(path: str | os.PathLike) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} has a damaged manifest; fetch or write the file again") from error
     version = manifest.get("format") if isinstance(manifest, dict) else None
-    if type(version) is int and version > FORMAT:
+    if type(version) is int and version != FORMAT:
         raise InputError(
             f"{path} has format {version}, written by visadapt {manifest.get('visadapt')}; this is {__version__}, "
-            f"which reads up to format {FORMAT}: upgrade to read it"
+            f"which reads format {FORMAT}: upgrade to read it"
         )
     if problem := manifest_problem(manifest):
         raise InputError(f"{path} has a damaged manifest: {problem}; fetch or write the file again")

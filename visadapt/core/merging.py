@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+import math
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -23,42 +26,77 @@ HALF_STEPS = 16
 """The same for outputs in half precision, in units of their last place: the merged weight is rounded to such a unit."""
 
 
-@dataclass(frozen=True)
-class Original:
-    """What a merge replaced in one module.
+class Whole:
+    """Weight and bias of a module before a merge, None before it is written."""
 
-    Attributes:
-        weight: the whole weight, or the values that stood at `places`.
-        bias: the whole bias, where the weight is whole.
-        places: (k,) places in the flattened weight, None where the weight is whole.
-    """
+    def __init__(self) -> None:
+        self.weight: Tensor | None = None
+        self.bias: Tensor | None = None
 
-    weight: Tensor
-    bias: Tensor | None = None
-    places: Tensor | None = None
+    @torch.no_grad()
+    def write(self, module: nn.Module, pieces: list[SiteModule]) -> bool:
+        """Fold pieces in; False, and nothing written, where the result is not finite."""
+        dtype, bias = module.weight.dtype, module.bias
+        new_weight, new_bias = (v if v is None else v.to(dtype) for v in effective(*_upcast(module), pieces))
+        if not (_finite(new_weight) and (new_bias is None or _finite(new_bias))):
+            return False
+        self.weight, self.bias = module.weight.clone(), None if bias is None else bias.clone()
+        module.weight.copy_(new_weight)
+        if new_bias is not None and bias is None:
+            module.bias = nn.Parameter(new_bias, requires_grad=False)
+        elif new_bias is not None:
+            bias.copy_(new_bias)
+        return True
 
-    def whole(self, module: nn.Module) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias as they were, the module being merged still."""
-        if self.places is None:
-            return self.weight, self.bias
-        weight = module.weight.detach().clone()
-        self._put(weight)
-        return weight, module.bias
-
-    def _put(self, weight: Tensor) -> None:
-        flat = weight.view(-1)
-        flat.scatter_(0, self.places.to(flat.device), self.weight.to(flat))
-
+    @torch.no_grad()
     def restore(self, module: nn.Module) -> None:
-        """Put it back."""
-        if self.places is not None:
-            self._put(module.weight)
+        if self.weight is None:
             return
         module.weight.copy_(self.weight)
         if self.bias is None:
             module.bias = None
         else:
             module.bias.copy_(self.bias)
+
+    def of(self, module: nn.Module) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias as they were, the module being merged still."""
+        return self.weight, self.bias
+
+
+class Places:
+    """What stood at some places of a weight before a merge: (rows, places in them, values) of every piece."""
+
+    def __init__(self) -> None:
+        self.parts: list[tuple[slice, Tensor, Tensor]] = []
+
+    @torch.no_grad()
+    def write(self, module: nn.Module, pieces: list[Delta]) -> bool:
+        """Fold the entries of pieces in; False, and the rest not written, where one is not finite."""
+        for piece in pieces:
+            rows, (places, values, _) = slice(*(piece.site.rows or (None,))), piece.entries()
+            flat = module.weight[rows].view(-1)
+            old = flat.index_select(0, places)
+            change = values if piece.scale == 1 else piece.scale * values
+            new = (old.to(torch.promote_types(old.dtype, torch.float32)) + change).to(old.dtype)
+            if not _finite(new):
+                return False
+            self.parts.append((rows, places, old))
+            flat.scatter_(0, places, new)
+        return True
+
+    @torch.no_grad()
+    def restore(self, module: nn.Module) -> None:
+        self._put(module.weight)
+
+    def of(self, module: nn.Module) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias as they were, the module being merged still."""
+        weight = module.weight.detach().clone()
+        self._put(weight)
+        return weight, module.bias
+
+    def _put(self, weight: Tensor) -> None:
+        for rows, places, values in self.parts:
+            weight[rows].view(-1).scatter_(0, places.to(weight.device), values.to(weight))
 
 
 class Merger:
@@ -73,7 +111,7 @@ class Merger:
 
     def __init__(self) -> None:
         self.names: list[str] = []
-        self.originals: dict[str, Original] = {}
+        self.originals: dict[str, Whole | Places] = {}
         self._forwards: dict[str, tuple[WeightForward, list[SiteModule]]] = {}
         self._stacks: list[SiteModule] = []
 
@@ -87,9 +125,11 @@ class Merger:
         before = self._output(adapted, check)
         try:
             for path, (forward, pieces) in plan.items():
-                if not self._fold(path, forward.module, pieces):
-                    raise InputError(f"merging {names} makes the weight of {path} non-finite; nothing was changed")
                 self._leave(path, forward, pieces)
+                self.originals[path] = Places() if _few(forward.module, pieces) else Whole()
+            finite = self._each(lambda path: self.originals[path].write(plan[path][0].module, plan[path][1]))
+            if bad := [path for path in plan if not finite[path]]:
+                raise InputError(f"merging {names} makes the weight of {bad[0]} non-finite; nothing was changed")
         except BaseException:
             self.unmerge(adapted)
             raise
@@ -132,30 +172,6 @@ class Merger:
                 plan[path] = (forward, chosen)
         return plan
 
-    def _fold(self, path: str, module: nn.Module, pieces: list[SiteModule]) -> bool:
-        """Write the pieces into one module and keep what stood there; False, and nothing written, if not finite."""
-        if (sparse := _entries(module, pieces)) is not None:
-            places, change = sparse
-            flat = module.weight.view(-1)
-            old = flat.index_select(0, places)
-            new = (old.to(torch.promote_types(old.dtype, torch.float32)) + change).to(old.dtype)
-            if not new.isfinite().all():
-                return False
-            self.originals[path] = Original(old, places=places)
-            flat.scatter_(0, places, new)
-            return True
-        dtype, bias = module.weight.dtype, module.bias
-        new_weight, new_bias = (v if v is None else v.to(dtype) for v in effective(*_upcast(module), pieces))
-        if not (new_weight.isfinite().all() and (new_bias is None or new_bias.isfinite().all())):
-            return False
-        self.originals[path] = Original(module.weight.clone(), None if bias is None else bias.clone())
-        module.weight.copy_(new_weight)
-        if new_bias is not None and bias is None:
-            module.bias = nn.Parameter(new_bias, requires_grad=False)
-        elif new_bias is not None:
-            bias.copy_(new_bias)
-        return True
-
     def _leave(self, path: str, forward: WeightForward, pieces: list[SiteModule]) -> None:
         """Take folded pieces off their module, and the forward object with them if nothing else is at work there."""
         self._forwards[path] = (forward, list(forward.pieces))
@@ -166,16 +182,29 @@ class Merger:
         if not any(p.on for p in forward.pieces):
             del forward.module.forward
 
-    @torch.no_grad()
     def unmerge(self, adapted: Adapted) -> None:
-        for path, original in self.originals.items():
-            module = adapted.backbone.body.get_submodule(path)
-            original.restore(module)
-            forward, pieces = self._forwards[path]
-            forward.pieces, module.forward = pieces, forward
+        self._each(lambda path: self.originals[path].restore(self._forwards[path][0].module))
+        for forward, pieces in self._forwards.values():
+            forward.pieces, forward.module.forward = pieces, forward
         for piece in self._stacks:
             piece.on = True
         self.__init__()
+
+    def _each(self, function: Callable[[str], Any]) -> dict[str, Any]:
+        """What a function gives for every module path.
+
+        Single entries are written side by side: a thread spends its time on waiting for memory. Whole weights are
+        written one after the other, with all threads on each.
+        """
+        few = [path for path, original in self.originals.items() if isinstance(original, Places)]
+        threads = torch.get_num_threads()
+        if threads == 1 or not few:
+            return {path: function(path) for path in self.originals}
+        shares = [few[n::threads] for n in range(threads)]
+        with ThreadPoolExecutor(threads) as pool:
+            done = pool.map(lambda paths: [(path, function(path)) for path in paths], shares)
+            found = dict(pair for share in done for pair in share)
+        return found | {path: function(path) for path in self.originals if path not in found}
 
     def _output(self, adapted: Adapted, check: Tensor | None) -> Tensor | None:
         if check is None:
@@ -185,23 +214,25 @@ class Merger:
         return torch.cat([features.native.flatten(), features.tokens.flatten()])
 
 
-def _entries(module: nn.Module, pieces: list[SiteModule]) -> tuple[Tensor, Tensor] | None:
-    """Places in the flattened weight and what the pieces add there; None where the whole weight has to be formed.
+def _few(module: nn.Module, pieces: list[SiteModule]) -> bool:
+    """True if the pieces can be written entry by entry: all are sparse and on rows of their own.
 
-    All pieces must be sparse, and on rows of their own: what adds up at one place is rounded once.
+    On shared rows entries may meet, and what adds up at one place is rounded once only if the whole weight is formed.
     """
-    if not module.weight.is_contiguous():
-        return None
-    found, width = [], module.weight[0].numel()
-    taken = torch.zeros(len(module.weight), dtype=torch.bool)
-    for piece in pieces:
-        start, stop = piece.site.rows or (0, len(module.weight))
-        entries = piece.entries() if isinstance(piece, Delta) else None
-        if entries is None or taken[start:stop].any():
-            return None
-        taken[start:stop] = True
-        found.append((entries.index.long() + start * width, piece.scale * entries.values))
-    return tuple(torch.cat(parts) for parts in zip(*found))
+    if not all(isinstance(p, Delta) and p.entries() is not None for p in pieces):
+        return False
+    rows = sorted(p.site.rows or (0, len(module.weight)) for p in pieces)
+    if any(stop > start for (_, stop), (start, _) in pairwise(rows)):
+        return False
+    return module.weight.is_contiguous()
+
+
+def _finite(values: Tensor) -> bool:
+    """No infinity and no NaN; smallest and largest value pass NaN on."""
+    if values.numel() == 0:
+        return True
+    low, high = values.aminmax()
+    return math.isfinite(low.item() + high.item())
 
 
 def _upcast(module: nn.Module) -> tuple[Tensor, Tensor | None]:

@@ -23,7 +23,7 @@ class Entries(NamedTuple):
     """A matrix (o, i) that is zero but for some entries.
 
     Attributes:
-        index: (k,) places row * i + column, each once and in rising order.
+        index: (k,) int64 places row * i + column, each once and in rising order.
         values: (k,) what stands there.
         columns: (c,) where the entries are whole columns: these, and `index` goes through them row by row.
     """
@@ -50,9 +50,9 @@ def gradient_at(grad: Tensor, x: Tensor, index: Tensor) -> Tensor:
     if x.device.type != "cpu" or len(index) > DENSEST * o * i:
         return (grad.T @ x).view(-1)[index]
     dtype = torch.promote_types(x.dtype, torch.float32)
-    ends = torch.searchsorted(index, i * torch.arange(o + 1, dtype=index.dtype))
+    ends = torch.searchsorted(index, i * torch.arange(o + 1))
     zeros = torch.zeros(len(index), dtype=dtype)
-    wanted = torch.sparse_csr_tensor(ends, index.long() % i, zeros, (o, i), check_invariants=False)
+    wanted = torch.sparse_csr_tensor(ends, index % i, zeros, (o, i), check_invariants=False)
     return torch.sparse.sampled_addmm(wanted, grad.T.to(dtype), x.to(dtype), beta=0).values()
 
 

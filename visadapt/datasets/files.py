@@ -147,9 +147,17 @@ def read_image(path: str | Path, channels: int = 3) -> np.ndarray:
     return image
 
 
+def _imdecode(data: bytes, flags: int) -> np.ndarray | None:
+    """What OpenCV decodes; None for damaged data, and for the sizes beyond its limits that damaged headers give."""
+    try:
+        return cv2.imdecode(np.frombuffer(data, np.uint8), flags) if data else None
+    except cv2.error:
+        return None
+
+
 def _decode(path: Path, data: bytes, flags: int) -> np.ndarray:
     """(H, W) or (H, W, C) in RGB or RGBA order."""
-    image = cv2.imdecode(np.frombuffer(data, np.uint8), flags) if data else None
+    image = _imdecode(data, flags)
     if image is None:
         raise UnreadableImage(f"{path} is damaged or not an image")
     if flags == cv2.IMREAD_UNCHANGED and image.ndim == 3:
@@ -160,7 +168,7 @@ def _decode(path: Path, data: bytes, flags: int) -> np.ndarray:
 def _read_array(path: Path) -> np.ndarray:
     try:
         image = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError) as error:
+    except Exception as error:  # a damaged header can fail in any way
         raise UnreadableImage(f"{path} is damaged or not an array of numbers") from error
     if image.ndim not in (2, 3) or image.dtype.kind not in "buif":
         raise InputError(f"{path} holds {image.dtype} {image.shape}; an image is numbers (height, width, bands)")
@@ -168,14 +176,15 @@ def _read_array(path: Path) -> np.ndarray:
 
 
 def _read_raster(path: Path, data: bytes) -> np.ndarray:
-    image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED) if data else None
+    image = _imdecode(data, cv2.IMREAD_UNCHANGED)
     if image is not None and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3:
         return image[..., ::-1]
     try:
         import rasterio
     except ImportError as error:
         raise InputError(
-            f"{path} is not a tif of three 8-bit bands; reading it needs rasterio: pip install 'visadapt[geo]'"
+            f"{path} is {'damaged or ' if image is None else ''}not a tif of three 8-bit bands; reading others needs "
+            "rasterio: pip install 'visadapt[geo]'"
         ) from error
     try:
         with rasterio.open(path) as raster:

@@ -24,8 +24,6 @@ class Normalize(BaseDataPreprocessor):
 
     def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         super().__init__()
-        if not all(value > 0 for value in std):
-            raise InputError(f"std must be above 0 in every band, got {tuple(std)}")
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
 

@@ -73,7 +73,7 @@ class KernelSite(Delta):
 
 
 def smallest(magnitudes: Tensor, place: int) -> Tensor:
-    """The `place`-th smallest value, counted from 1. Unlike torch.quantile it takes any number of values."""
+    """The `place`-th smallest value, counted from 1; of any number of values, where torch.quantile may end at 2^24."""
     return magnitudes.flatten().kthvalue(place).values
 
 
