@@ -47,7 +47,8 @@ def atomic(path: str | os.PathLike) -> Iterator[Path]:
 
 def _storage_problem(error: BaseException, places: set[Path]) -> str:
     """Why the disk refused, or "" where the error is of another sort or about another place."""
-    reasons = FULL | {errno.EACCES: "permission denied", errno.EROFS: "read-only file system", errno.EFBIG: "file too large"}
+    reasons = dict(FULL)
+    reasons |= {errno.EACCES: "permission denied", errno.EROFS: "read-only file system", errno.EFBIG: "file too large"}
     reasons |= dict.fromkeys((errno.EEXIST, errno.ENOTDIR), "a file stands where a folder is needed")
     reasons |= {errno.EISDIR: "it is a folder", errno.ENAMETOOLONG: "the name is too long"}
     if isinstance(error, InputError):  # it has been told already

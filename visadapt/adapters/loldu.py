@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from ..core.kinds import Delta
 from ..core.sites import CONVS, LINEARS, Site
 from ..registry import ADAPTERS
-from ._common.decomposed import Decomposed, require_rank
+from ._common.decomposed import Decomposed
+from ._common.low_rank import require_rank
 
 
 def lower_diagonal_upper(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:

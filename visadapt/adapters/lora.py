@@ -5,40 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from ..core.adapter import Adapter
-from ..core.kinds import Delta
 from ..core.sites import LINEARS, Site
 from ..errors import InputError
 from ..registry import ADAPTERS
+from ._common.low_rank import LowRankSite
 
 
-class LoRASite(Delta):
+class LoRASite(LowRankSite):
     """delta = s B A with A (rank, dim_in) random and B (dim_out, rank) zero at the start."""
 
     pair = ("a", "b")
-
-    def __init__(self, site: Site, rank: int, scaling: float, dropout: float) -> None:
-        super().__init__(site)
-        if rank > min(site.dim_in, site.dim_out):
-            raise InputError(f"LoRA: rank {rank} exceeds the site {site.key} of {site.dim_out} x {site.dim_in}")
-        self.a = nn.Parameter(torch.empty(rank, site.dim_in))
-        self.b = nn.Parameter(torch.zeros(site.dim_out, rank))
-        nn.init.kaiming_uniform_(self.a, a=math.sqrt(5))
-        self.scaling, self.dropout = scaling, dropout
-
-    def by_forward(self) -> bool:
-        return self.training and self.dropout > 0
-
-    def factors(self) -> tuple[Tensor, Tensor, float]:
-        return self.a, self.b, self.scaling
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.dropout(x, self.dropout, self.training)
-        return F.linear(F.linear(x, self.a), self.b) * self.scaling
 
 
 @ADAPTERS.register_module()
@@ -73,8 +52,7 @@ class LoRA(Adapter):
         self.require_positive(rank=rank)
         if scaling not in ("rank", "sqrt"):
             raise InputError(f"LoRA: scaling is 'rank' or 'sqrt', got '{scaling}'")
-        if not 0 <= dropout < 1:
-            raise InputError(f"LoRA: dropout must be in [0, 1), got {dropout}")
+        self.require_rate(dropout=dropout)
         self.rank, self.alpha, self.dropout, self.scaling = rank, alpha, dropout, scaling
 
     def make(self, site: Site, backbone, shared: nn.ModuleDict) -> LoRASite:

@@ -14,7 +14,7 @@ from ..core.progress import Progress
 from ..core.sites import CONVS, LINEARS, Site
 from ..errors import InputError
 from ..registry import ADAPTERS
-from ._common.decomposed import require_rank
+from ._common.low_rank import require_rank
 
 
 class LoRASBSite(Delta):

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from ..core.adapter import Adapter
 from ..core.kinds import Delta
 from ..core.sites import LINEARS, Site
-from ..errors import InputError
 from ..registry import ADAPTERS
+from ._common.low_rank import require_rank
 
 
 class Bases(nn.Module):
@@ -101,7 +101,5 @@ class RandLoRA(Adapter):
         return nn.ModuleDict({"bases": Bases(long, short, count, self.rank, self.seed)})
 
     def make(self, site: Site, backbone, shared: nn.ModuleDict) -> RandLoRASite:
-        if self.rank > min(site.dim_in, site.dim_out):
-            size = f"{site.dim_out} x {site.dim_in}"
-            raise InputError(f"RandLoRA: rank {self.rank} exceeds the site {site.key} of {size}; lower it")
+        require_rank("RandLoRA", self.rank, site, (site.dim_out, site.dim_in))
         return RandLoRASite(site, shared["bases"], self._count(site), self.alpha / self.rank)

@@ -12,7 +12,8 @@ from ..core.kinds import Delta
 from ..core.sites import CONVS, LINEARS, Site
 from ..errors import InputError, hint
 from ..registry import ADAPTERS
-from ._common.decomposed import Decomposed, require_rank
+from ._common.decomposed import Decomposed
+from ._common.low_rank import require_rank
 
 RELU = ("all", "scaled")
 

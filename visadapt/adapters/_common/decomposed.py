@@ -7,13 +7,6 @@ from torch import Tensor, nn
 from ...core.adapter import Adapter
 from ...core.decompose import one_core_each, svd
 from ...core.sites import Site
-from ...errors import InputError
-
-
-def require_rank(owner: str, rank: int, site: Site, shape: tuple[int, int]) -> None:
-    """Refuse a rank above the smaller side of the weight (outputs, weights per output)."""
-    if rank > min(shape):
-        raise InputError(f"{owner}: rank {rank} exceeds the site {site.key} of {shape[0]} x {shape[1]}; lower it")
 
 
 class Decomposed(Adapter):

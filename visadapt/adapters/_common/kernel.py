@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from ...core.kinds import Delta
 from ...core.sites import Site
 from ...errors import InputError
+from .low_rank import require_rank
 
 COEFFICIENTS = (0.1, -0.1)
 """Of the distances in the two halves of the vectors."""
@@ -39,8 +40,7 @@ class KernelSite(Delta):
         super().__init__(site)
         if rank % 2:
             raise InputError(f"{owner}: rank must be even, for the two halves of each vector, got {rank}")
-        if rank > min(site.dim_in, site.dim_out):
-            raise InputError(f"{owner}: rank {rank} exceeds the site {site.key} of {site.dim_out} x {site.dim_in}")
+        require_rank(owner, rank, site, (site.dim_out, site.dim_in))
         self.inputs = nn.Parameter(torch.empty(2, site.dim_in, rank // 2))
         self.outputs = nn.Parameter(torch.empty(2, site.dim_out, rank // 2))
         for vectors in (self.inputs, self.outputs):

@@ -13,6 +13,12 @@ from ...core.sites import Site
 from ...errors import InputError
 
 
+def require_rank(owner: str, rank: int, site: Site, shape: tuple[int, int]) -> None:
+    """Refuse a rank above the smaller side of the weight (outputs, weights per output)."""
+    if rank > min(shape):
+        raise InputError(f"{owner}: rank {rank} exceeds the site {site.key} of {shape[0]} x {shape[1]}; lower it")
+
+
 class LowRankSite(Delta):
     """delta = s B A with A (rank, dim_in) Kaiming-uniform and B (dim_out, rank) zero at the start.
 
@@ -39,8 +45,7 @@ class LowRankSite(Delta):
     ) -> None:
         super().__init__(site)
         dim_in = site.dim_in if dim_in is None else dim_in
-        if rank > min(dim_in, site.dim_out):
-            raise InputError(f"{owner}: rank {rank} exceeds the site {site.key} of {site.dim_out} x {dim_in}")
+        require_rank(owner, rank, site, (site.dim_out, dim_in))
         self.a = nn.Parameter(torch.empty(rank, dim_in))
         self.b = nn.Parameter(torch.zeros(site.dim_out, rank))
         nn.init.kaiming_uniform_(self.a, a=math.sqrt(5))
