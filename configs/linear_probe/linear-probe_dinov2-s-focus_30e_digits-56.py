@@ -1,6 +1,6 @@
 """A linear probe on the frozen DINOv2 ViT-S/14 (saliency-tuned), on scikit-learn's digits.
 
-500 training scans, 500 held-out scans. The head's 7,690 parameters train, on features that are computed once.
+500 training scans, 500 held-out scans. The head's 3,850 parameters train, on features that are computed once.
 """
 
 from mmengine.config import read_base
@@ -24,7 +24,7 @@ model = dict(
     type=ImageClassifier,
     backbone=dict(type=TimmViT, name="vit_small_patch14_dinov2", weights="dinov2_vits14_focus"),
     head=dict(type=LinearHead, num_classes=10),
-    pool="cls_avg",  # pool and lr by 5-fold cross-validation on the training scans
+    pool="avg",  # pool and lr by 5-fold cross-validation on the training scans
 )
 resize = [dict(type="Resize", height=56, width=56)]
 train_dataloader = dict(
@@ -47,7 +47,7 @@ val_cfg = dict()
 optim_wrapper = dict(
     type=AutocastOptimWrapper,
     constructor=TrainableGroups,
-    optimizer=dict(type=AdamW, lr=3e-3, weight_decay=0.0),
+    optimizer=dict(type=AdamW, lr=1e-2, weight_decay=0.0),
 )
 param_scheduler = dict(type=CosineAnnealingLR, T_max=30, by_epoch=True, convert_to_iter_based=True)
 cache_features = True
