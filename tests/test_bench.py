@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
+from visadapt.benchmark.methods import adapted_with, textbook
 from visadapt.benchmark.results import zoo_rows
+from visadapt.benchmark.setup import Setup
 from visadapt.benchmark.timing import ratio, spread
 from visadapt.cli import main
 
@@ -21,12 +24,38 @@ WITH_PEFT = {"peft_step_over_floor", "lora_peak_over_peft", "peft_mixed_over_bas
 @pytest.mark.peft
 def test_speed_gives_all_figures(capsys, tmp_path):
     pytest.importorskip("peft")
-    small = ["--model", "test_vit", "--size", "32", "--batch", "2", "--mixed", "2", "--rounds", "1", "--method", "all"]
+    small = ["--model", "test_vit", "--size", "32", "--batch", "2", "--mixed", "2", "--rounds", "1", "--method"]
+    small += ["LoRA", "AdaptFormer", "SNELLA"]
     assert main(["bench", "speed", *small, "--json", "--out", str(tmp_path / "speed.json")]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert set(found) >= ALWAYS | WITH_PEFT and found["methods"].keys() >= {"SSF", "TemporalShift"}
+    assert set(found) >= ALWAYS | WITH_PEFT and found["methods"].keys() == {"LoRA", "AdaptFormer", "SNELLA"}
     assert all(found[k] > 0 for k in (ALWAYS | WITH_PEFT) if isinstance(found[k], float) and k != "step_spread")
     assert json.loads((tmp_path / "speed.json").read_text()) == found
+
+    rows = found["methods"]
+    assert {k for k, v in rows["LoRA"].items() if v > 0} == {
+        f"{k}_over_{o}" for k in ("step", "peak") for o in ("floor", "peft", "textbook")
+    }
+    assert set(rows["AdaptFormer"]) == {"step_over_floor", "peak_over_floor"}  # nothing to compare it with
+    assert set(rows["SNELLA"]) == {f"{k}_over_{o}" for k in ("step", "peak") for o in ("floor", "textbook")}
+
+
+@pytest.mark.parametrize("method", ["LoRA", "SHiRA", "SALT", "SNELL", "IncreLoRA"])
+def test_textbook_computes_the_same(method):
+    """A reference for speed must do the same work: equal outputs and gradients."""
+    setup = Setup("test_vit", 32, 2)
+    cfg = {"type": method, "targets": ["q", "fc2"]}
+    found = []
+    for plain in (False, True):
+        torch.manual_seed(0)
+        adapted = adapted_with(setup, cfg).double()
+        torch.manual_seed(1)
+        output = (textbook(adapted) if plain else adapted)(setup.images(2).double()).native
+        output.square().sum().backward()
+        found.append([output, *(p.grad for p in adapted.adapters.parameters() if p.grad is not None)])
+    assert len(found[0]) == len(found[1]) > 4
+    for ours, reference in zip(*found):
+        torch.testing.assert_close(ours, reference)
 
 
 def test_unknown_method(capsys):

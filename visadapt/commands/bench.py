@@ -8,6 +8,9 @@ import json
 from ..errors import InputError, hint
 from ._arguments import positive
 
+OVER = ("floor", "peft", "textbook")
+COLUMNS = {f"{kind} {over}": f"{kind}_over_{over}" for kind in ("step", "peak") for over in OVER}
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
@@ -81,7 +84,11 @@ def speed(args: argparse.Namespace) -> int:
 def table(found: dict) -> str:
     """The figures for a person."""
     rows = [(k, v) for k, v in found.items() if isinstance(v, float)]
-    rows += [(f"step over floor: {k}", v) for k, v in found["methods"].items()]
-    lines = [f"{name:<36}{value:>10.3f}" for name, value in rows]
     where = f"{found['model']} at {found['size']} px, batch {found['batch']}, {found['device']}: {found['machine']}"
-    return "\n".join([where, *lines])
+    lines = [where, *(f"{name:<36}{value:>10.3f}" for name, value in rows)]
+    if found["methods"]:
+        lines += ["", "training step and peak memory, ours over", f"{'':<18}" + "".join(f"{c:>16}" for c in COLUMNS)]
+    for name, row in found["methods"].items():
+        cells = [f"{row[c]:.2f}" if c in row else "" for c in COLUMNS.values()]
+        lines.append(f"{name:<18}" + row.get("not_measured", "".join(f"{c:>16}" for c in cells)))
+    return "\n".join(lines)

@@ -72,9 +72,26 @@ class KernelSite(Delta):
         return F.linear(x, self.delta())
 
 
+SAMPLE = 4096
+"""Values by which the neighbourhood of an order statistic is found."""
+
+
 def smallest(magnitudes: Tensor, place: int) -> Tensor:
-    """The `place`-th smallest value, counted from 1; of any number of values, where torch.quantile may end at 2^24."""
-    return magnitudes.flatten().kthvalue(place).values
+    """The `place`-th smallest value, counted from 1; of any number of values, where torch.quantile may end at 2^24.
+
+    Exact. Only what lies between two values of a sample, chosen so that the result is almost always among it, is put
+    in order: on the CPU that takes less than half the time of ordering all.
+    """
+    flat = magnitudes.flatten()
+    if flat.device.type == "cpu" and len(flat) > 4 * SAMPLE and not torch.compiler.is_compiling():
+        sample = flat[:: len(flat) // SAMPLE].sort().values
+        centre, margin = place * len(sample) // len(flat), 3 * math.isqrt(len(sample))
+        low, high = sample[max(0, centre - margin)], sample[min(len(sample) - 1, centre + margin)]
+        inside = flat[(flat >= low) & (flat <= high)]
+        rank = place - int((flat < low).count_nonzero())
+        if 1 <= rank <= len(inside):
+            return inside.kthvalue(rank).values
+    return flat.kthvalue(place).values
 
 
 def compete(d: Tensor, threshold: Tensor) -> Tensor:
