@@ -259,6 +259,10 @@ def test_sites_of_a_name(capsys, name):
     assert len({site["key"] for site in found}) == len(found)
 
 
+def test_sites_of_a_convolutional_network(capsys):
+    assert {"patch", "conv", "down", "norm1"} <= {site["role"] for site in rows(capsys, "sites", "test_resnet")}
+
+
 def test_sites_of_a_config_need_no_weights(capsys, config_file):
     assert rows(capsys, "sites", config_file) == rows(capsys, "sites", "test_vit")
     assert cli.main(["sites", config_file]) == 0
@@ -272,6 +276,8 @@ def test_sites_of_a_config_need_no_weights(capsys, config_file):
         ("TimmViT", "name one, as in TimmViT:"),
         ("TimVit:test_vit", "unknown backbone 'TimVit' (did you mean 'TimmViT'?)"),
         ("no_such_vit", "timm has no model 'no_such_vit'"),
+        ("resnet5", "timm has no model 'resnet5' (did you mean 'resnet5"),
+        ("efficientnet_b0", "timm's 'efficientnet_b0' belongs to none of the families"),
         ("gone.py", "no config file gone.py"),
     ],
 )

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import InputError, hint
+from ..registry import BACKBONES
 from .base import Backbone
 from .patch_embed import BAND_MODES, expand_patch_embed, first_conv
 from .weights import is_local, load_weights
@@ -176,3 +177,22 @@ class TimmModel(Backbone):
         if x.ndim != 4 or x.shape[1] != self.in_chans:
             raise InputError(f"{self.who} takes (B, {self.in_chans}, H, W) images, got {tuple(x.shape)}; see in_chans")
         return self.pad(x)
+
+
+def family_of(name: str) -> str:
+    """The registered backbone that takes this timm model, by the file of timm that it is in.
+
+    Raises:
+        InputError: no such model, or none of the backbones takes it.
+    """
+    families = {n: kind for n in BACKBONES.names() if issubclass(kind := BACKBONES.get(n), TimmModel)}
+    base = name.partition(".")[0]
+    for found, kind in families.items():
+        if timm.models.is_model_in_modules(base, set(kind.sources)):
+            return found
+    known = [
+        model for kind in families.values() for source in kind.sources for model in timm.list_models(module=source)
+    ]
+    if timm.is_model(base):
+        raise InputError(f"timm's '{base}' belongs to none of the families {', '.join(families)}")
+    raise InputError(f"timm has no model '{base}'{hint(base, known)}")

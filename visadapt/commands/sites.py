@@ -17,7 +17,7 @@ COLUMNS = ("key", "role", "layer", "path", "dim_in", "dim_out", "rows", "layout"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("backbone", help="a config file, a timm model name, or 'TimmViT:<model name>'")
+    parser.add_argument("backbone", help="a config file, a timm model name, or '<backbone>:<model name>'")
     parser.add_argument("--norms", action="store_true", help="of a config: sizes of q, k, v over sqrt(ln tokens)")
     parser.add_argument("--adapter", help="with --norms: adapter file to load first")
     parser.add_argument("--images", type=int, default=8, help="with --norms: training images to look at")
@@ -76,5 +76,8 @@ def build(text: str) -> Backbone:
     family, colon, name = text.partition(":")
     if text in BACKBONES.names():
         raise InputError(f"{text} stands for many models; name one, as in {text}:vit_small_patch14_dinov2")
-    family, name = (family, name) if colon else ("TimmViT", text)
+    if not colon:
+        from ..backbones.timm_model import family_of
+
+        family, name = family_of(text), text
     return BACKBONES.build({"type": family, "name": name, "weights": None})
