@@ -148,6 +148,18 @@ def test_bitfit_hands_the_weight_on_and_skips_what_has_no_bias():
         adapted.add("b", BitFit(targets=["qkv"]))
 
 
+def test_scales_hand_the_weight_on_to_maps_that_work_on_it():
+    adapted = Adapted(tiny())
+    noise(adapted.add("a", SSF()))
+    noise(adapted.add("b", BitFit()))
+    adapted.set_trainable("a", "b")
+    trained = adapted.train()(images()).tokens
+    with torch.no_grad():
+        assert_close(trained.detach(), adapted.eval()(images()).tokens)
+    trained.sum().backward()
+    assert all(p.grad is not None for p in adapted.adapters.parameters())
+
+
 def test_layer_norm_tuning_moves_gains_and_biases():
     adapter = LayerNormTuning()
     adapted = adapt(adapter)

@@ -131,8 +131,8 @@ def test_all_problems_are_told_at_once(write):
         (("size = 32", "size = 32\nrandomness = dict(sed=1)"), "randomness: set_randomness has no argument 'sed'"),
         (("lr=1e-3", "lrr=1e-3"), "optim_wrapper.optimizer: AdamW has no argument 'lrr'"),
         (
-            ("type=LoRA, rank=4", "type='LoRAA', rank=4"),
-            "model.adapters.first: unknown adapter 'LoRAA' (did you mean 'LoRA'",
+            ("type=LoRA, rank=4", "type='LoRa', rank=4"),
+            "model.adapters.first: unknown adapter 'LoRa' (did you mean 'LoRA'",
         ),
         (("type=AdamW", "type='AdmaW'"), "optim_wrapper.optimizer: unknown optimizer 'AdmaW' (did you mean 'AdamW'"),
         (

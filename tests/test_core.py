@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import copy
 import itertools
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from torch import nn
 from visadapt.core.adapted import Adapted
 from visadapt.core.adapter import Adapter
 from visadapt.core.context import Context
-from visadapt.core.inject import WeightForward, effective
+from visadapt.core.inject import WeightForward, attach, effective
 from visadapt.core.kinds import Delta, Prompt, Side, Tokens, WeightMap
 from visadapt.core.lowrank import LowRankLinear, merged_weight
 from visadapt.core.sites import ROLES, Site, select
@@ -210,6 +212,13 @@ def test_a_map_may_bring_a_bias_of_its_own_rows():
     _, bias = effective(torch.zeros(6, 4), None, [Shift(site((2, 4)))])
     assert bias.tolist() == [0, 0, 1, 1, 0, 0]
     assert effective(torch.zeros(6, 4), torch.full((6,), 5.0), [Shift(site((2, 4)))])[1].tolist() == [5, 5, 1, 1, 5, 5]
+
+
+def test_the_output_projection_of_torchs_attention_carries_none():
+    """Its weight is read by a fused function; a forward of its own would never run."""
+    backbone = SimpleNamespace(body=nn.MultiheadAttention(4, 2))
+    with pytest.raises(InputError, match=r"out_proj is read by an nn\.MultiheadAttention and never run"):
+        attach(Low(replace(site(), path="out_proj")), backbone, Context())
 
 
 def test_convolutions_and_norms_carry_weights_too():

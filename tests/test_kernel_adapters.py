@@ -75,7 +75,9 @@ def test_thresholds_of_more_values_than_quantiles_in_float32_can_tell_apart():
     assert [smallest(values, place).item() for place in (7, 2**24 + 2, 2**24 + 9)] == [6, 2**24 + 1, 2**24 + 8]
 
 
-@pytest.mark.parametrize("values", [torch.randn(60_000), torch.randint(0, 5, (50_000,)).float(), torch.arange(40_000.0)])
+@pytest.mark.parametrize(
+    "values", [torch.randn(60_000), torch.randint(0, 5, (50_000,)).float(), torch.arange(40_000.0)]
+)
 def test_thresholds_are_exact_where_only_a_part_is_put_in_order(values):
     for place in (1, 2, len(values) // 3, len(values) - 1, len(values)):
         assert smallest(values, place) == values.sort().values[place - 1]

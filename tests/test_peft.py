@@ -24,7 +24,6 @@ from visadapt.errors import InputError
 from visadapt.testing import assert_close, difference, noise, tiny_backbone
 
 peft = pytest.importorskip("peft")
-
 pytestmark = [pytest.mark.peft, pytest.mark.filterwarnings("ignore::UserWarning:peft.*")]
 each = pytest.mark.parametrize
 
@@ -49,7 +48,7 @@ VARIANTS += [("PSOFT", dict(r=8, ab_svd_init="pissa_init", psoft_orth=False)), (
 
 CONFIGS = {n: peft.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType[rule.type]] for n, rule in TUNERS.items()}
 SHARING = ("PVeRA", "RandLoRA", "TinyLoRA", "UniLoRA", "VBLoRA", "VeRA")
-CONVS = ("BOFT", "DoRA", "HiRA", "HRA", "IA3", "LoHa", "LoKr", "LoRA", "OFT")
+CONVS = ("AdaLoRA", "BOFT", "DoRA", "HiRA", "HRA", "IA3", "LoHa", "LoKr", "LoRA", "OFT")
 LINEARS = [n for n in TUNERS if n != "LNTuning"]
 
 
@@ -176,10 +175,10 @@ def theirs(tuner, options, module, state, feeds) -> nn.Module:
     """PEFT's own layer around a copy of the module, with these adapter tensors; `feeds` where it ends an MLP (IA3)."""
     plain = copy.deepcopy(module)
     del plain.forward
-    where = {"target_modules": ["0"]} | ({"feedforward_modules": ["0"] * feeds} if tuner == "IA3" else {})
+    extra = {"IA3": {"feedforward_modules": ["0"] * feeds}, "AdaLoRA": {"total_step": 1000}}.get(tuner, {})
+    config = CONFIGS[tuner](target_modules=["0"], **TUNERS[tuner].defaults | options | extra)
     torch.manual_seed(0)  # as in `adapt`, for `pissa_niter` takes a random decomposition off the base
-    model = peft.get_peft_model(nn.Sequential(plain), CONFIGS[tuner](**where, **TUNERS[tuner].defaults | options))
-    layer = model.eval().base_model.model[0]
+    layer = peft.get_peft_model(nn.Sequential(plain), config).eval().base_model.model[0]
     report = layer.load_state_dict(state, strict=False)
     assert set(report.missing_keys) == {"base_layer.weight", "base_layer.bias"}
     assert {k.split(".")[0] for k in report.unexpected_keys} <= set(TUNERS[tuner].keep)
@@ -316,13 +315,15 @@ def refused(message, tuner, options=None, backbone=None, targets=None) -> None:
     assert "\n" not in str(caught.value)
 
 
-def takers(option) -> list[str]:
-    """Tuners that have an option in PEFT."""
-    return [n for n in TUNERS if option in {f.name for f in dataclasses.fields(CONFIGS[n])}]
+def takers(key) -> list[tuple[str, str]]:
+    """An option with all tuners that have it in PEFT; only with the one before the dot, if there is one."""
+    only, _, option = key.rpartition(".")
+    names = [only] if only else [n for n in TUNERS if f"{n}.{option}" not in REFUSED_OPTIONS]
+    return [(n, option) for n in names if option in {f.name for f in dataclasses.fields(CONFIGS[n])}]
 
 
 def test_the_tables_judge_every_tuner_of_peft_and_no_option_that_it_lacks():
-    assert all(takers(k.rpartition(".")[2]) for k in (*REFUSED_OPTIONS, *ONLY_VALUES, *(k for k, _ in REFUSED_VALUES)))
+    assert all(takers(k) for k in (*REFUSED_OPTIONS, *ONLY_VALUES, *(k for k, _ in REFUSED_VALUES)))
     judged = {rule.type.replace("_", "") for rule in TUNERS.values()} | {n.upper() for n in REFUSED}
     assert judged - {"BONE"} == {t.name.replace("_", "") for t in peft.PeftType}
     assert not TUNERS.keys() & REFUSED.keys()
@@ -335,23 +336,22 @@ def test_refused_tuners_say_why(tuner):
         refused(f"PEFT: tuner '{tuner}' is refused: {REFUSED[tuner]}", given)
 
 
-@each("option", REFUSED_OPTIONS)
-def test_refused_options_say_why(option):
-    for tuner in takers(option):
-        refused(f"PEFT '{tuner}': option '{option}' is refused: {REFUSED_OPTIONS[option]}", tuner, {option: 1})
+@each("key", REFUSED_OPTIONS)
+def test_refused_options_say_why(key):
+    for tuner, option in takers(key):
+        refused(f"PEFT '{tuner}': option '{option}' is refused: {REFUSED_OPTIONS[key]}", tuner, {option: 1})
 
 
 @each("key, value", REFUSED_VALUES)
 def test_refused_values_say_why(key, value):
-    only, _, option = key.rpartition(".")
-    for tuner in [only] if only else takers(option):
+    for tuner, option in takers(key):
         refused(f"'{tuner}': {option}={value!r} is refused: {REFUSED_VALUES[key, value]}", tuner, {option: value})
 
 
 @each("option", ONLY_VALUES)
 def test_options_of_which_one_value_works(option):
     good, reason = ONLY_VALUES[option]
-    for tuner in takers(option):
+    for tuner, _ in takers(option):
         for bad in ("all", f"{TUNERS[tuner].type.lower()}_only", None, *({True, False} - {good})):
             refused(f"PEFT '{tuner}': {option}={bad!r} is refused: {reason}", tuner, {option: bad})
         PEFT(tuner, {option: good})

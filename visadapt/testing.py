@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -128,6 +131,29 @@ class Kit:
     def group(self, prefix: str) -> dict[str, Tensor]:
         """Tensors named `<prefix>/...`, by the rest of their names."""
         return {k.removeprefix(f"{prefix}/"): v for k, v in self.tensors.items() if k.startswith(f"{prefix}/")}
+
+    def parameters(self) -> dict[str, Tensor]:
+        """The official state dict: as recorded, or made anew by the rule that the JSON gives in words."""
+        if "param_shapes" not in self.info:
+            return self.group("param")
+        assert not self.info["fill_override"], f"{self.name}: exceptions of the rule are not known here"
+        found = {name: self._filled(name, shape) for name, shape in self.info["param_shapes"].items()}
+        for name, total in self.info["param_sums"].items():
+            assert math.isclose(found[name].double().sum().item(), total, rel_tol=1e-6, abs_tol=1e-6), name
+        return found
+
+    def _filled(self, name: str, shape: list[int]) -> Tensor:
+        random = np.random.RandomState((zlib.crc32(name.encode()) ^ self.info["fill_seed"]) & 0xFFFFFFFF)
+        value, leaf = random.standard_normal(shape), name.rpartition(".")[2]
+        if leaf == "running_var":
+            value = 0.5 + 0.5 * np.abs(value)
+        elif leaf == "running_mean":
+            value = 0.2 * value
+        elif len(shape) >= 2:
+            value = self.info["gain"] * value / math.sqrt(math.prod(shape[1:]))
+        else:
+            value = 1 + 0.2 * value if leaf == "weight" else 0.1 * value
+        return torch.from_numpy(np.asarray(value, np.float32))
 
     def compare(self, outputs: dict[str, Tensor], gradients: dict[str, Tensor]) -> None:
         """Check results against every recorded output and gradient.

@@ -22,7 +22,7 @@ with read_base():
 model = dict(
     type=ImageClassifier,
     backbone=dict(type=TimmViT, name="vit_small_patch14_dinov2", weights="dinov2_vits14_focus"),
-    adapters=dict(main=dict(type=LoRASB, rank=32, first_lr=1e-3, targets=["all-linear"])),
+    adapters=dict(main=dict(type=LoRASB, rank=32, first_lr=1e-4, targets=["all-linear"])),
     head=dict(type=LinearHead, num_classes=10),
 )
 train_cfg = dict(by_epoch=True, max_epochs=4)

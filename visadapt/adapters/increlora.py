@@ -16,6 +16,7 @@ from ..core.progress import Progress
 from ..core.sites import LINEARS, Site
 from ..errors import InputError
 from ..registry import ADAPTERS
+from ._common.low_rank import orthogonality
 
 
 class IncreLoRASite(Delta):
@@ -172,15 +173,8 @@ class IncreLoRA(Adapter):
     def losses(self) -> dict[str, Tensor]:
         if not self.penalty:
             return {}
-        by_shape: dict[torch.Size, list[Tensor]] = {}
-        for piece in self.pieces.values():
-            for part in (*list(piece.a)[: piece.born], *list(piece.b)[: piece.born]):
-                by_shape.setdefault(part.shape, []).append(part)
-        norms = []
-        for parts in map(torch.stack, by_shape.values()):
-            unit = torch.eye(parts.shape[1], dtype=parts.dtype, device=parts.device)
-            norms.append(torch.linalg.vector_norm(parts @ parts.mT - unit, dim=(1, 2)))
-        return {"orthogonality": self.penalty * torch.cat(norms).mean()}
+        parts = [part for p in self.pieces.values() for part in (*list(p.a)[: p.born], *list(p.b)[: p.born])]
+        return {"orthogonality": self.penalty * orthogonality(parts)}
 
     def ranks(self) -> dict[str, int]:
         """Active ranks by site key."""

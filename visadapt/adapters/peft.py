@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,9 +22,11 @@ from torch import Tensor, nn
 from ..core.adapter import Adapter
 from ..core.inject import RowsOf, effective, run_with
 from ..core.kinds import WeightMap
+from ..core.progress import Progress
 from ..core.sites import WEIGHTS, Site
 from ..errors import InputError
 from ..registry import ADAPTERS
+from ._common.peft_ranks import RankSchedule
 from ._common.peft_rules import TUNERS, Tuner, check_options, kind_of, tuner_name
 
 NAME = "default"
@@ -219,7 +222,8 @@ class PEFT(Adapter):
     """A tuner of Hugging Face's PEFT, by name and options, at sites of the backbone.
 
     Tensors that a tuner shares between layers (VeRA, RandLoRA, VBLoRA, ...) are shared between the sites and saved
-    once. Options that are patterns over names (`rank_pattern`) see site keys such as "trunk_03_q".
+    once. Options that are patterns over names (`rank_pattern`) see site keys such as "trunk_03_q". The ranks of AdaLoRA
+    fall as training goes on, by its schedule over the whole run.
 
     Args:
         tuner: name of the tuner in any case: HRA, VeRA, OFT, IA3, LNTuning, DoRA, ...
@@ -255,9 +259,10 @@ class PEFT(Adapter):
             json.dumps(self.options)
         except TypeError as error:
             raise InputError(f"PEFT '{self.tuner}': options must be JSON values ({error})") from error
-        config = vars(self.config([]))
-        self.random = self.rule.noisy or any(v for k, v in config.items() if k.endswith("dropout"))
-        self.adds_bias = self.rule.adds_bias or config.get("lora_bias", False)
+        config = self.config([])
+        self.random = self.rule.noisy or any(v for k, v in vars(config).items() if k.endswith("dropout"))
+        self.adds_bias = self.rule.adds_bias or vars(config).get("lora_bias", False)
+        self.ranks = RankSchedule(config) if self.tuner == "AdaLoRA" else None
         self._layers: dict[str, nn.Module] = {}
 
     @property
@@ -274,8 +279,31 @@ class PEFT(Adapter):
         places = {"target_modules": [s.key for s in sites]}
         if "feedforward_modules" in fields:  # IA3 scales the input of the second MLP linear, elsewhere the output
             places["feedforward_modules"] = [s.key for s in sites if s.role == "fc2"]
+        if "total_step" in fields:  # PEFT wants a number before the length of the run is known
+            places["total_step"] = sys.maxsize
         with _explained(f"PEFT '{self.tuner}' refuses its options"):
             return cls(**places, **options)
+
+    def build(self, backbone) -> None:
+        super().build(backbone)
+        if self.ranks is not None:
+            self.ranks.start(self.pieces)
+
+    def losses(self) -> dict[str, Tensor]:
+        loss = None if self.ranks is None else self.ranks.loss(self.pieces)
+        return {} if loss is None else {"orthogonality": loss}
+
+    def on_step(self, progress: Progress) -> None:
+        if self.ranks is not None:
+            self.ranks.check(progress)
+
+    def on_update(self, progress: Progress) -> None:
+        if self.ranks is not None:
+            self.ranks.update(self.pieces, progress)
+
+    def finalize(self) -> None:
+        if self.ranks is not None:
+            self.ranks.mask(self.pieces)
 
     def _check(self, site: Site, module: nn.Module) -> None:
         who, kind = f"PEFT '{self.tuner}': {site.path}", kind_of(module)

@@ -19,6 +19,8 @@ class ScaleShift(WeightMap):
     Folded into the module: w' = gamma[:, None] * w, b' = gamma * b + beta.
     """
 
+    random = False
+
     def __init__(self, site: Site) -> None:
         super().__init__(site)
         self.gamma = nn.Parameter(torch.empty(site.dim_out).normal_(1, 0.02))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError, hint
 from .adapter import Adapter
-from .calibrate import weight_gradients
+from .calibrate import measured
 from .inject import attach, detach
 from .io import LoadReport, load_adapter, save_adapter
 from .kinds import SiteModule
@@ -270,7 +270,7 @@ class Adapted(nn.Module):
         if adapter.calibration is not None:
             sites = [p.site for p in adapter.pieces.values()]
             batches = islice(losses, adapter.calibration_batches)
-            adapter.calibrate(weight_gradients(self, sites, batches, adapter.calibration))
+            adapter.calibrate(measured(self, sites, batches, adapter.calibration))
 
     def losses(self) -> dict[str, Tensor]:
         """Regularisers of the enabled adapters, as "loss_<adapter>_<name>"."""
@@ -322,16 +322,26 @@ class Adapted(nn.Module):
         return load_adapter(self, path, heads=heads, check_base=check_base)
 
     # ---- running --------------------------------------------------------------------------------------------------
-    def forward(self, x: Tensor) -> Features:
+    def forward(self, x: Tensor, views: int = 1) -> Features:
         """(B, C, H, W) normalised images to features.
 
+        Args:
+            x: the images.
+            views: how many times each of them passes, for adapters that are random in training. The features are those
+                of all images, then of all images again: (views * B, ...).
+
         Raises:
-            InputError: routing ids for another number of images.
+            InputError: routing ids or task numbers for another number of images.
         """
+        if (tasks := self.ctx.tasks) is not None and (tasks.shape != x.shape[:1] or tasks.dtype != torch.int64):
+            given = f"{list(tasks.shape)} of {str(tasks.dtype).removeprefix('torch.')}"
+            raise InputError(f"ctx.tasks is {given}; {x.shape[0]} images need {x.shape[0]} numbers of int64, or None")
+        if views > 1:
+            x = x.repeat(views, 1, 1, 1)
         if self.ctx.ids is not None and len(self.ctx.ids) != x.shape[0]:
             raise InputError(f"route() was given {len(self.ctx.ids)} ids and the batch has {x.shape[0]} images")
         x = self.backbone.pad(x)
-        self.ctx.begin(x, self.backbone.grid(x), self.backbone.prefix)
+        self.ctx.begin(x, self.backbone.grid(x), self.backbone.prefix, views)
         for side in (s for a in self.adapters.values() for s in a.sides() if s.on):
             for key, value in side(self.ctx).items():
                 self.ctx.values[f"{side.owner}.{key}"] = value

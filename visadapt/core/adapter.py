@@ -96,17 +96,23 @@ class Adapter(nn.Module):
         """The frozen weight at a linear or convolution site: a copy in float32, (dim_out, weights per output).
 
         Raises:
-            InputError: a convolution with groups; its weight is no matrix from inputs to outputs.
+            InputError: a convolution with groups, whose weight is no matrix from inputs to outputs, or a weight that is
+                stored as integers.
         """
         module = backbone.body.get_submodule(site.path)
         if getattr(module, "groups", 1) != 1:
             raise InputError(f"{type(self).__name__}: {site.path} has {module.groups} groups; it takes none")
+        if not module.weight.is_floating_point():
+            raise InputError(
+                f"{type(self).__name__}: the weight of {site.path} is stored as {module.weight.dtype}; it needs "
+                "floating-point values, so load the backbone without quantisation"
+            )
         rows = module.weight.detach()[slice(*(site.rows or (None,)))]
         return rows.float().flatten(1).clone()
 
     # ---- around training: nothing by default -------------------------------------------------------------------------
     def calibrate(self, statistic: dict[str, Tensor]) -> None:
-        """Start from data: `statistic` holds (dim_out, weights per output) by site key. Once, before training."""
+        """Start from data: `statistic` holds what `core.calibrate` measured, by site key. Once, before training."""
 
     def losses(self) -> dict[str, Tensor]:
         """Regularisers, scalars by name, that are added to the task's loss."""

@@ -12,6 +12,8 @@ class Context:
 
     Attributes:
         image: (B, C, H, W), normalised and padded.
+        views: how many times every image stands in the batch. All images follow each other once, then all of them
+            again; pieces that draw may draw for every view.
         grid: patch rows and columns.
         prefix: tokens before the patches (class, registers).
         prompts: how many tokens each prompt has between prefix and patches at this moment. By name, so that a block
@@ -31,6 +33,7 @@ class Context:
     def clear(self) -> None:
         """Forget the last image; clip length, routing and tasks stay."""
         self.image: Tensor | None = None
+        self.views = 1
         self.grid: tuple[int, int] = (0, 0)
         self.prefix = 0
         self.prompts: dict[str, int] = {}
@@ -41,9 +44,9 @@ class Context:
         """Number of prompt tokens that stand between prefix and patches at this moment."""
         return sum(self.prompts.values())
 
-    def begin(self, image: Tensor, grid: tuple[int, int], prefix: int) -> None:
+    def begin(self, image: Tensor, grid: tuple[int, int], prefix: int, views: int = 1) -> None:
         self.clear()
-        self.image, self.grid, self.prefix = image, grid, prefix
+        self.image, self.grid, self.prefix, self.views = image, grid, prefix, views
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens (B, L, D) into what stands before the patches and the patches (B, h*w, D)."""

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import InputError
@@ -118,8 +119,8 @@ class WeightForward:
                 )
             return self._by_weight(x, pieces)
         rows, channels = piece.site.rows, piece.site.channels
-        before = RowsOf(self, rest, rows, channels)
-        y, mapped = self.apply(x, rest) if rows or piece.scale != 1 else None, piece(x, before)
+        y = self.apply(x, rest) if rows or piece.scale != 1 else None
+        mapped = piece(x, RowsOf(self, rest, rows, channels, x, y))
         if y is not None:
             mapped = add_rows(y, piece.scale * (mapped - take_rows(y, rows, channels)), rows, channels)
         if deltas := pieces[last + 1 :]:
@@ -141,7 +142,7 @@ class WeightForward:
             low_rank = [p.factors() for p in deltas]
             if all(f is not None for f in low_rank) and worth_factoring(module.weight, low_rank):
                 return self._low_rank(x, deltas, low_rank)
-        if any(p.recompute for p in deltas) and torch.is_grad_enabled() and not traced:
+        if any(p.recompute for p in pieces) and torch.is_grad_enabled() and not traced:
             return checkpoint(self._effective, x, pieces, use_reentrant=False, preserve_rng_state=False)
         return self._effective(x, pieces)
 
@@ -182,15 +183,23 @@ def _in_autocast(x: Tensor, *others: Tensor | None) -> list[Tensor | None]:
 
 
 class RowsOf:
-    """The computation before a weight map, cut to the map's rows."""
+    """The computation before a weight map, cut to the map's rows; what it gives for `known` is `known_y` already."""
 
     def __init__(
-        self, forward: WeightForward, pieces: list[SiteModule], rows: tuple[int, int] | None, channels: int
+        self,
+        forward: WeightForward,
+        pieces: list[SiteModule],
+        rows: tuple[int, int] | None,
+        channels: int,
+        known: Tensor,
+        known_y: Tensor | None,
     ) -> None:
         self.forward, self.pieces, self.rows, self.channels = forward, pieces, rows, channels
+        self.known, self.known_y = known, known_y
 
     def __call__(self, x: Tensor) -> Tensor:
-        return take_rows(self.forward.apply(x, self.pieces), self.rows, self.channels)
+        same = x is self.known and self.known_y is not None
+        return take_rows(self.known_y if same else self.forward.apply(x, self.pieces), self.rows, self.channels)
 
 
 class Keep:
@@ -290,6 +299,8 @@ def _weight_forward(module: nn.Module, path: str, ctx: Context) -> WeightForward
         raise InputError(
             f"{path} is a {type(module).__name__}; weights of linears, convolutions and norms can be adapted"
         )
+    if isinstance(module, NonDynamicallyQuantizableLinear):
+        raise InputError(f"{path} is read by an nn.MultiheadAttention and never run; what sits there would do nothing")
     module.forward = WeightForward(module, ctx)
     return module.forward
 

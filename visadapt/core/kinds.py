@@ -28,12 +28,15 @@ class SiteModule(nn.Module):
             the cheaper way.
         rebases: it was made from the base weight and stands for a part of it, so that a second such piece on the same
             rows would count that part twice.
+        recompute: of a Delta or WeightMap whose weight is computed from much less than it and its intermediate values
+            take; training computes it again in the backward pass and keeps none of them.
     """
 
     kind: ClassVar[str]
     folds: ClassVar[bool] = False
     random: bool = True
     rebases: bool = False
+    recompute: ClassVar[bool] = False
 
     def __init__(self, site: Site | None) -> None:
         super().__init__()
@@ -64,14 +67,11 @@ class Delta(SiteModule):
     Attributes:
         pair: names of the parameters A (r, in) and B (out, r) of methods that have just these two, for optimizers that
             treat them as a pair.
-        recompute: delta is computed from much less than it and its intermediate values take; training computes it
-            again in the backward pass and keeps none of them.
     """
 
     kind = "delta"
     folds = True
     pair: ClassVar[tuple[str, str] | None] = None
-    recompute: ClassVar[bool] = False
 
     def delta(self) -> Tensor:
         """(dim_out, dim_in) for linears; for convolutions the weight's shape, or flattened to (dim_out, -1)."""

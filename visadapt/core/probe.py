@@ -21,15 +21,20 @@ TOLERANCE = 1e-2
 
 @torch.no_grad()
 def run_probe(adapted: Adapted, names: Sequence[str]) -> Tensor:
-    """(D,) pooled vector of a seeded image, with exactly these adapters; modes and switches stay as they were."""
+    """(D,) pooled vector of a seeded image of task 0, with exactly these adapters; everything stays as it was."""
     backbone = adapted.backbone
     reference = next(backbone.parameters())
     side = 2 * backbone.patch
     generator = torch.Generator().manual_seed(0)
     frames = adapted.ctx.num_frames
     image = torch.randn(frames, backbone.in_chans, side, side + backbone.patch, generator=generator)
-    with evaluating(adapted), adapted.only(*names), torch.autocast(reference.device.type, enabled=False):
-        return adapted(image.to(reference)).native[0].float().cpu()
+    tasks = adapted.ctx.tasks
+    adapted.ctx.tasks = torch.zeros(frames, dtype=torch.int64, device=reference.device)
+    try:
+        with evaluating(adapted), adapted.only(*names), torch.autocast(reference.device.type, enabled=False):
+            return adapted(image.to(reference)).native[0].float().cpu()
+    finally:
+        adapted.ctx.tasks = tasks
 
 
 @contextmanager

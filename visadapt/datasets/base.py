@@ -166,7 +166,8 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
 
     Returns:
         "inputs" (B, C, H, W) or "features" (B, D), "labels" (B,) int64, "index" (B,) int64, "path": list of B,
-        "valid" (B,) bool, "unreadable": paths of the images that could not be read.
+        "valid" (B,) bool, "unreadable": paths of the images that could not be read, and "task" (B,) int64 where the
+        samples have one.
 
     Raises:
         InputError: images of different size.
@@ -186,4 +187,5 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
         "path": [s["path"] for s in samples],
         "valid": torch.tensor([s["valid"] for s in samples], dtype=torch.bool),
         "unreadable": [s["unreadable"] for s in samples if s["unreadable"]],
+        **({"task": torch.tensor([s["task"] for s in samples], dtype=torch.int64)} if "task" in samples[0] else {}),
     }

@@ -41,7 +41,7 @@ class Calibrate(Hook):
     def _loss(task: Any, batch: dict[str, Any]):
         def loss() -> torch.Tensor:
             data = task.data_preprocessor(batch)
-            return sum(task.loss(data["inputs"], data["labels"]).values())
+            return sum(task(**data, mode="loss").values())
 
         return loss
 

@@ -54,7 +54,8 @@ class ImageClassifier(BaseModel):
         backbone: config of a backbone.
         head: config of a head; its input width is filled in.
         adapters: configs by adapter name; the frozen backbone alone where None.
-        loss: config of a loss; cross-entropy where None.
+        loss: config of a loss; cross-entropy where None. One with an attribute `views` is given the logits of that
+            many passes of every image.
         pool: native, cls, avg or cls_avg.
         mix: mixup and cutmix on training batches.
         base_mode: "eval", or "train" for recipes with stochastic depth in the backbone.
@@ -96,9 +97,13 @@ class ImageClassifier(BaseModel):
         """What an adapter file must say to rebuild this task."""
         return {"task": {"type": type(self).__name__, "pool": self.pool}}
 
-    def encode(self, inputs: Tensor) -> Tensor:
-        """(B, C, H, W) normalised images to pooled vectors (B, D)."""
-        return self.adapted(inputs).pooled(self.pool)
+    def encode(self, inputs: Tensor, views: int = 1, task: Tensor | None = None) -> Tensor:
+        """(B, C, H, W) normalised images to pooled vectors (views * B, D), all images once and then again.
+
+        `task` (B,) int64 says which task each image belongs to, for adapters with several tasks.
+        """
+        self.adapted.ctx.tasks = task  # it stays until the next batch, for blocks that run again in the backward pass
+        return self.adapted(inputs, views).pooled(self.pool)
 
     def forward(
         self,
@@ -110,14 +115,15 @@ class ImageClassifier(BaseModel):
         valid: Tensor | None = None,
         index: Tensor | None = None,
         unreadable: list[str] | None = None,
+        task: Tensor | None = None,
     ) -> Tensor | dict[str, Tensor] | list[dict[str, Any]]:
         """mmengine's contract: `mode` is "tensor" (logits), "loss" (dict of losses) or "predict" (list of dicts).
 
-        `features` are pooled vectors from a cache that stand in for `inputs`.
+        `features` are pooled vectors from a cache that stand in for `inputs`; `task` as in `encode`.
         """
         if mode == "loss":
-            return self.loss(inputs, labels, features)
-        logits = self.head(self.encode(inputs) if features is None else features)
+            return self.loss(inputs, labels, features, task)
+        logits = self.head(self.encode(inputs, task=task) if features is None else features)
         if mode == "tensor":
             return logits
         scores = logits.float().softmax(1)
@@ -126,11 +132,16 @@ class ImageClassifier(BaseModel):
         usable = valid.tolist() if valid is not None else [True] * len(scores)
         return [{"scores": s, "label": n, "path": p, "valid": v} for s, n, p, v in zip(scores, given, paths, usable)]
 
-    def loss(self, inputs: Tensor | None, labels: Tensor, features: Tensor | None = None) -> dict[str, Tensor]:
+    def loss(
+        self, inputs: Tensor | None, labels: Tensor, features: Tensor | None = None, task: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """Training losses; images and labels are mixed first where the recipe asks for it."""
         target = labels
         if self.mix is not None and features is None:
+            if task is not None:
+                raise InputError("mix would blend images of different tasks; leave it out where batches have a 'task'")
             inputs, target = self.mix(inputs, labels, self.head.num_classes)
-        logits = self.head(self.encode(inputs) if features is None else features)
+        views = getattr(self.criterion, "views", 1)
+        logits = self.head(self.encode(inputs, views, task) if features is None else features.repeat(views, 1))
         loss, regularisers = self.criterion(logits, target), self.adapted.losses()
         return {"loss_task": loss, **regularisers} if regularisers else {"loss": loss}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ...core.adapter import Adapter
-from ...core.decompose import one_core_each, svd
+from ...core.decompose import Rank, one_core_each, svd
 from ...core.sites import Site
 
 
@@ -16,11 +16,11 @@ class Decomposed(Adapter):
         factors: what `decompose` gave, by site key; `make` takes it out.
     """
 
-    def components(self, site: Site, shape: tuple[int, int]) -> int | None:
+    def components(self, site: Site, shape: tuple[int, int]) -> Rank:
         """How many components the site needs, all where None; refuses what a weight of this shape cannot give."""
         raise NotImplementedError
 
-    def decompose(self, weight: Tensor, components: int | None) -> tuple[Tensor, ...]:
+    def decompose(self, weight: Tensor, components: Rank) -> tuple[Tensor, ...]:
         return svd(weight, components)
 
     def shared(self, sites: list[Site], backbone) -> nn.ModuleDict:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,18 @@ def require_rank(owner: str, rank: int, site: Site, shape: tuple[int, int]) -> N
     """Refuse a rank above the smaller side of the weight (outputs, weights per output)."""
     if rank > min(shape):
         raise InputError(f"{owner}: rank {rank} exceeds the site {site.key} of {shape[0]} x {shape[1]}; lower it")
+
+
+def orthogonality(parts: Iterable[Tensor]) -> Tensor:
+    """Mean of the Frobenius norms ||P P' - I|| over factors P (n, d): how far their rows are from orthonormal."""
+    by_shape: dict[torch.Size, list[Tensor]] = {}
+    for part in parts:
+        by_shape.setdefault(part.shape, []).append(part)
+    norms = []
+    for same in map(torch.stack, by_shape.values()):
+        unit = torch.eye(same.shape[1], dtype=same.dtype, device=same.device)
+        norms.append(torch.linalg.vector_norm(same @ same.mT - unit, dim=(1, 2)))
+    return torch.cat(norms).mean()
 
 
 class LowRankSite(Delta):

@@ -36,6 +36,7 @@ CONV = ("Linear", "Conv2d")
 IDENTITY = {"init_weights": True}
 
 TUNERS = {
+    "AdaLoRA": Tuner("ADALORA", CONV),
     "BEFT": Tuner("BEFT", adds_bias=True),
     "BOFT": Tuner("BOFT", CONV),
     "C3A": Tuner("C3A", defaults=IDENTITY),
@@ -72,7 +73,6 @@ _TEXT = "it needs a language model with the configuration of transformers"
 _SEARCH = "what it finds in the base at the start is not stored, so it answers wrongly when the base is loaded later"
 
 REFUSED = {
-    "AdaLoRA": "its ranks are set after every backward pass by a call of PEFT that training here does not make",
     "AdaMSS": _SEARCH,
     "AdaptionPrompt": _TEXT,
     "Bone": "PEFT 0.21 dropped the name; it is MiSS with options=dict(init_weights='bat')",
@@ -82,7 +82,7 @@ REFUSED = {
     "Lily": "it mixes its experts over all images of a batch, so that an image's output depends on its neighbours",
     "MultitaskPromptTuning": _TEXT,
     "OSF": "it trains as many numbers as the weights have and does not store what it keeps; train the base itself",
-    "Poly": "its layers need task ids, which a backbone does not pass on",
+    "Poly": "its layers need task ids in every call; use the adapter type='Poly', which has n_splits (MHR) too",
     "PrefixTuning": _TEXT,
     "PromptTuning": _TEXT,
     "PTuning": _TEXT,
@@ -105,6 +105,10 @@ REFUSED_OPTIONS = {
     **dict.fromkeys(("lora_ga_config", "monteclora_config", "arrow_config"), _OBJECT),
     **dict.fromkeys(("alora_invocation_tokens", "use_qalora", "qalora_group_size", "layer_replication"), _OBJECT),
     **dict.fromkeys(("runtime_config", "use_bdlora", "ensure_weight_tying"), _OBJECT),
+    "total_step": "it is the length of the run",
+    **dict.fromkeys(("AdaLoRA.r", "AdaLoRA.rank_pattern"), "its ranks are init_r, then fall to target_r"),
+    "AdaLoRA.init_lora_weights": "AdaLoRA has one start",
+    **dict.fromkeys(("AdaLoRA.use_rslora", "AdaLoRA.lora_bias", "AdaLoRA.alpha_pattern"), "AdaLoRA does not read it"),
     "kasa_config": "KaSA drops singular values of the base, so that the outputs change before any training",
     "generator_seed": "PEFT keeps a generator in the layer, which cannot be copied or saved",
     "save_only_topk_weights": "files of visadapt hold every tensor",
@@ -182,8 +186,9 @@ def check_options(name: str, options: Mapping[str, Any], fields: list[str]) -> N
         InputError: an unknown option or one that is refused, with the reason.
     """
     for option, value in options.items():
-        if option in fields and option in REFUSED_OPTIONS:
-            raise InputError(f"PEFT '{name}': option '{option}' is refused: {REFUSED_OPTIONS[option]}")
+        refused = REFUSED_OPTIONS.get(f"{name}.{option}") or REFUSED_OPTIONS.get(option)
+        if option in fields and refused:
+            raise InputError(f"PEFT '{name}': option '{option}' is refused: {refused}")
         if option not in fields:
             good = [f for f in fields if f not in REFUSED_OPTIONS]
             raise InputError(f"PEFT '{name}' has no option '{option}'{hint(option, good)}")
