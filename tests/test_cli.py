@@ -261,6 +261,7 @@ def test_sites_of_a_name(capsys, name):
 
 def test_sites_of_a_convolutional_network(capsys):
     assert {"patch", "conv", "down", "norm1"} <= {site["role"] for site in rows(capsys, "sites", "test_resnet")}
+    assert {site["layout"] for site in rows(capsys, "sites", "DSCF")} == {"NCHW"}
 
 
 def test_sites_of_a_config_need_no_weights(capsys, config_file):

@@ -110,7 +110,7 @@ class Textbook:
         beside = [p for p in pieces if isinstance(module, nn.Linear) and _has_factors(p)]
         rest = [p for p in pieces if p not in beside]
         dense = partial(self._dense, pieces=rest)
-        if any(isinstance(p, Delta) and p.recompute for p in rest):
+        if any(p.recompute for p in rest):
             y = checkpoint(dense, x, use_reentrant=False, preserve_rng_state=False)
         else:
             y = dense(x)

@@ -92,6 +92,12 @@ def train_and_store(config_path: str, overrides: list[str], seeds: Iterable[int]
             file.write(json.dumps(line) + "\n")
 
 
+def _method(path: str, adapters: str) -> str:
+    """Adapters, and the name of the config where it says more, e.g. of an optimizer."""
+    name = Path(path).stem.split("_")[0]
+    return adapters if name.replace("-", "") == adapters.replace(" ", "").lower() else f"{adapters} ({name})"
+
+
 def zoo_rows(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Runs of one setting under different seeds as one row each."""
     groups: dict[tuple, list[dict[str, Any]]] = {}
@@ -106,7 +112,7 @@ def zoo_rows(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
         rows.append(
             {
                 "task": f"{task} ({first['train_images']} train, {first['test_images']} test)",
-                "method": first["method"],
+                "method": _method(path, first["method"]),
                 "top-1 %": f"{mean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else ""),
                 "seeds": " ".join(map(str, seeds)),
                 "trainable": f"{first['trainable_params']:,}",

@@ -73,11 +73,13 @@ def build(text: str) -> Backbone:
         if backbone is None:
             raise InputError(f"{text}: its model has no backbone")
         return BACKBONES.build({**backbone, "weights": None})
+    from ..backbones.timm_model import TimmModel, family_of
+
     family, colon, name = text.partition(":")
     if text in BACKBONES.names():
-        raise InputError(f"{text} stands for many models; name one, as in {text}:vit_small_patch14_dinov2")
+        if issubclass(BACKBONES.get(text), TimmModel):
+            raise InputError(f"{text} stands for many models; name one, as in {text}:vit_small_patch14_dinov2")
+        return BACKBONES.build({"type": text})
     if not colon:
-        from ..backbones.timm_model import family_of
-
         family, name = family_of(text), text
     return BACKBONES.build({"type": family, "name": name, "weights": None})

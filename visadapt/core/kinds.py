@@ -66,7 +66,7 @@ class Delta(SiteModule):
 
     Attributes:
         pair: names of the parameters A (r, in) and B (out, r) of methods that have just these two, for optimizers that
-            treat them as a pair.
+            treat them as a pair; `factors()` then gives their scale s.
     """
 
     kind = "delta"

@@ -127,7 +127,7 @@ class Merger:
             for path, (forward, pieces) in plan.items():
                 self._leave(path, forward, pieces)
                 self.originals[path] = Places() if _few(forward.module, pieces) else Whole()
-            with evaluating(adapted):  # what is drawn in training is not what is merged
+            with evaluating(*self._stacks):  # what is drawn in training is not what is merged
                 finite = self._each(lambda path: self.originals[path].write(plan[path][0].module, plan[path][1]))
             if bad := [path for path in plan if not finite[path]]:
                 raise InputError(f"merging {names} makes the weight of {bad[0]} non-finite; nothing was changed")

@@ -38,15 +38,16 @@ def run_probe(adapted: Adapted, names: Sequence[str]) -> Tensor:
 
 
 @contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
+def evaluating(*modules: nn.Module) -> Iterator[None]:
     """All parts in eval mode inside the block, each in its own mode again behind it."""
-    modes = [(m, m.training) for m in module.modules()]
-    module.eval()
+    training = [part for module in modules for part in module.modules() if part.training]
+    for part in training:
+        part.training = False
     try:
         yield
     finally:
-        for part, training in modes:
-            part.training = training
+        for part in training:
+            part.training = True
 
 
 def check_probe(adapted: Adapted, names: Sequence[str], stored: Tensor, path: str | os.PathLike) -> float:
