@@ -55,6 +55,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["visadapt", "visadapt.*"]),
+    package_data={"visadapt.adapters": ["vit_b.json"]},
     install_requires=REQUIRED,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["visadapt = visadapt.cli:main"]},

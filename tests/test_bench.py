@@ -7,11 +7,14 @@ import json
 import pytest
 import torch
 
+from visadapt.backbones.timm_vit import TimmViT
 from visadapt.benchmark.methods import adapted_with, textbook
+from visadapt.benchmark.parameters import MODEL, STORED, trainable
 from visadapt.benchmark.results import zoo_rows
 from visadapt.benchmark.setup import Setup
 from visadapt.benchmark.timing import ratio, spread
 from visadapt.cli import main
+from visadapt.registry import ADAPTERS
 
 ALWAYS = {
     *("lora_step_over_floor", "full_step_over_floor", "merged_over_base", "mixed_over_base", "switch_ms"),
@@ -79,3 +82,14 @@ def test_zoo_rows_join_seeds_and_keep_settings_apart():
     assert two["top-1 %"] == "50.0" and "a=1" in two["command"] and two["method"] == "M (x)"
     results[0]["config"] = "configs/m/m_y_task-1.py"
     assert zoo_rows(results[:1])[0]["method"] == "M"
+
+
+def test_counts_on_a_vit_b_are_there_for_every_method_that_needs_no_argument():
+    assert set(ADAPTERS.names()) - set(json.loads(STORED.read_text())) == {"PEFT", "ConvLoRA"}
+
+
+@pytest.mark.parametrize("name", ["AdaptFormer", "Hydra", "LoRA", "MoSA", "SSF", "VPT"])
+def test_counts_on_a_vit_b_are_those_of_the_code(name):
+    """Of methods that make nothing of the weights; `visadapt bench parameters` writes all of them anew."""
+    with torch.device("meta"):
+        assert trainable(TimmViT(MODEL), name) == json.loads(STORED.read_text())[name]

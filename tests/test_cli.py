@@ -218,7 +218,9 @@ def rows(capsys, *argv: str):
 def test_list_rows(capsys):
     lora = next(row for row in rows(capsys, "list", "adapters") if row["name"] == "LoRA")
     assert lora["kinds"] == ["delta"] and lora["mergeable"] is True and lora["needs"] == []
-    assert "2106.09685" in lora["paper"]
+    assert "2106.09685" in lora["paper"] and lora["vit_b_params"] == 294_912
+    assert cli.main(["list", "adapters"]) == 0
+    assert re.search(r"^LoRA +delta +294,912 +yes", capsys.readouterr().out, re.M)
     assert any(path.startswith("configs/lora/") for path in lora["configs"])
     assert "vit" in lora["tested_backbones"]
     everything = rows(capsys, "list")

@@ -1,4 +1,6 @@
-"""`visadapt bench speed`: ratios within one run. `bench train`: store results. `bench report`: the table of them."""
+"""`visadapt bench speed`: ratios within one run. `bench train`: store results. `bench report`: the table of them.
+`bench parameters`: counts on a ViT-B.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ COLUMNS = {f"{kind} {over}": f"{kind}_over_{over}" for kind in ("step", "peak") 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "what", choices=["speed", "train", "report"], help="the benchmark, or the report of stored results"
+        "what",
+        choices=["speed", "train", "report", "parameters"],
+        help="the benchmark, the report of stored results, or the counts that 'visadapt list' shows",
     )
     parser.add_argument("config", nargs="?", help="train: the config to run")
     parser.add_argument("overrides", nargs="*", default=[], help="train: a.b.c=value")
@@ -51,6 +55,11 @@ def methods(names: list[str]) -> list[str]:
 def run(args: argparse.Namespace) -> int:
     if args.what == "speed":
         return speed(args)
+    if args.what == "parameters":
+        from ..benchmark.parameters import write_parameters
+
+        print(f"wrote {write_parameters()}")
+        return 0
     from pathlib import Path
 
     from ..benchmark.results import train_and_store, write_zoo

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import json
 import re
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +22,10 @@ GROUPS = {
     "datasets": registry.DATASETS,
 }
 REPOSITORY = registry.ROOT.parent
+COUNTS = registry.ROOT / "adapters" / "vit_b.json"
+"""Trainable parameters on a ViT-B with each method's defaults, written by `visadapt bench parameters`."""
+
+COLUMNS = ("name", "kinds", "vit_b_params", "mergeable", "needs", "paper")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,12 +37,16 @@ def run(args: argparse.Namespace) -> int:
     groups = [args.group] if args.group else list(GROUPS)
     configs, cases = read_configs(), read_cases()
     found = {group: [row(group, entry, configs, cases) for entry in GROUPS[group].entries()] for group in groups}
+    counts = json.loads(COUNTS.read_text())
+    for entry in (entry for group in groups for entry in found[group]):
+        count = counts.get(entry["name"]) if entry["group"] == "adapters" else None
+        entry["vit_b_params"] = count if args.json or count is None else f"{count:,}"
     if args.json:
         print_json([entry for group in groups for entry in found[group]])
         return 0
     for i, group in enumerate(groups):
         print(f"{chr(10) * (i > 0)}{group}")
-        columns = ("name", "kinds", "mergeable", "needs", "paper") if group == "adapters" else ("name", "summary")
+        columns = COLUMNS if group == "adapters" else ("name", "summary")
         print_table(found[group], columns)
     return 0
 

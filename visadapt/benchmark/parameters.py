@@ -1,0 +1,38 @@
+"""`visadapt bench parameters`: trainable parameters of every method on a ViT-B, for `visadapt list adapters`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from ..backbones.timm_vit import TimmViT
+from ..core.adapted import Adapted
+from ..errors import InputError
+from ..files import atomic
+from ..registry import ADAPTERS, ROOT
+
+STORED = ROOT / "adapters" / "vit_b.json"
+MODEL = "vit_base_patch16_224"
+
+
+def trainable(backbone: TimmViT, name: str) -> int:
+    """Trainable parameters of a method with its defaults, without a head."""
+    adapted = Adapted(backbone)
+    adapted.add("main", ADAPTERS.build({"type": name}))
+    adapted.set_trainable("main")
+    count = adapted.trainable_report().trainable
+    adapted.remove("main")
+    return count
+
+
+def write_parameters(path: Path = STORED) -> Path:
+    """Count all methods on a ViT-B with random weights; those that need arguments are left out."""
+    backbone, found = TimmViT(MODEL), {}
+    for name in ADAPTERS.names():
+        try:
+            found[name] = trainable(backbone, name)
+        except InputError as error:
+            print(f"{name} is left out: {error}", flush=True)
+    with atomic(path) as temporary:
+        temporary.write_text(json.dumps(found, indent=1) + "\n")
+    return path
