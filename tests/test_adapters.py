@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 
 import pytest
@@ -29,6 +30,7 @@ from visadapt.core.adapter import Adapter
 from visadapt.core.context import Context
 from visadapt.core.sites import Site, select
 from visadapt.errors import InputError
+from visadapt.registry import ADAPTERS
 from visadapt.testing import assert_close, noise, tiny_backbone
 
 DEPTH, D, HEADS, GRID = 2, 48, 3, (4, 5)
@@ -456,3 +458,31 @@ def test_conv_branch_feeds_the_patches(bands, patch):
     assert_close(found, adapted.backbone.body.norm(stream)[:, 1:])
     adapted(x).cls.square().sum().backward()
     assert all(p.grad.abs().max() > 0 for p in adapter.parameters())  # all of it reaches the class token
+
+
+@pytest.mark.parametrize("name", sorted(ADAPTERS.names()))
+def test_a_strength_of_zero_is_refused(name):
+    """With it nothing would be learnt, without a word."""
+    given = inspect.signature(ADAPTERS.get(name)).parameters
+    for factor in {"alpha", "scale", "scaling", "gamma", "router_lr_mult"} & set(given):
+        if not isinstance(given[factor].default, str):
+            with pytest.raises(InputError, match=f"{factor} must be above 0, got 0"):
+                ADAPTERS.build({"type": name, factor: 0.0})
+
+
+def test_half_precision_wants_autocast_or_a_merge():
+    adapted = Adapted(tiny())
+    noise(adapted.add("a", LoRA(targets=["q"])))
+    adapted.backbone.bfloat16()
+    x = images().bfloat16()
+    with pytest.raises(InputError, match=r"in bfloat16 and adapter 'a' is not; run it under torch\.autocast"):
+        adapted(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert adapted(x).tokens.isfinite().all()
+    adapted.merge("a")
+    assert adapted(x).tokens.dtype == torch.bfloat16
+
+
+def test_more_than_two_views_are_refused():
+    with pytest.raises(InputError, match="views is 1 or 2, got 3"):
+        Adapted(tiny())(images(), views=3)

@@ -41,7 +41,7 @@ def test_input_moments_are_those_of_what_the_weight_is_multiplied_with(backbone,
         else:
             y = (x @ weight.T).flatten(0, -2)
         assert_close(weight @ moments @ weight.T, y.T @ y / len(y), one.key, 1e-4)
-    with pytest.raises(InputError, match="at least one batch"):
+    with pytest.raises(InputError, match="a batch of training data"):
         input_moments(adapted, sites, [])
 
 
@@ -56,3 +56,25 @@ def test_input_moments_are_measured_without_adapters_in_eval_mode():
     assert all(torch.equal(before[k], after[k]) for k in before)
     assert adapted.adapters["a"].training and adapted.is_enabled("a")
     assert not any(m._forward_pre_hooks for m in adapted.backbone.body.modules())
+
+
+@pytest.mark.parametrize("mode", ["zeros", "reflect"])
+def test_moments_are_of_the_padded_input(mode):
+    adapted = Adapted(tiny_backbone(TINY["resnet"])).eval()
+    site = next(s for s in adapted.backbone.sites() if s.role == "conv")
+    conv = adapted.backbone.body.get_submodule(site.path)
+    conv.padding_mode = mode
+    same = nn.Conv2d(conv.in_channels, conv.out_channels, 3, padding="same", padding_mode=mode)
+    adapted.backbone.body.set_submodule(site.path, same)
+    seen = []
+    same.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
+    found = input_moments(adapted, [site], losses(adapted, 1))[site.key]
+    padded = nn.functional.pad(seen[0], (1, 1, 1, 1), "constant" if mode == "zeros" else mode)
+    rows = nn.functional.unfold(padded, 3).transpose(1, 2).flatten(0, 1)
+    assert_close(found, rows.T @ rows / len(rows))
+
+
+def test_a_site_that_never_runs_is_named():
+    adapted = Adapted(tiny_backbone(TINY["vit"])).eval()
+    with pytest.raises(InputError, match=r"a batch of training data that reaches blocks\.0\.attn\.qkv"):
+        input_moments(adapted, [s for s in adapted.backbone.sites() if s.role == "q"], [])

@@ -279,3 +279,15 @@ def test_affinity_ignores_lengths_rotations_and_the_gradient_of_the_teacher():
 def test_affinity_needs_maps_of_equal_sizes(student, teacher):
     with pytest.raises(InputError, match="SpatialAffinity: the student has maps"):
         SpatialAffinity()([torch.zeros(s) for s in student], [torch.zeros(t) for t in teacher])
+
+
+def test_affinities_stay_in_full_precision():
+    maps = [torch.randn(1, 4, 5, 5)]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = SpatialAffinity()(maps, [2 * maps[0] + 1])
+    assert found.dtype == torch.float32 and torch.equal(found, SpatialAffinity()(maps, [2 * maps[0] + 1]))
+
+
+def test_affinity_is_no_loss_of_class_scores():
+    with pytest.raises(InputError, match="no loss of class scores"):
+        SpatialAffinity()(torch.randn(2, 3), torch.tensor([0, 1]))

@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from visadapt.adapters.hydra import Hydra, HydraSite
 from visadapt.adapters.lora import LoRA
+from visadapt.adapters.mapsam_dora import MapSAMDoRA
 from visadapt.core.adapted import Adapted
 from visadapt.core.sites import Site
 from visadapt.errors import InputError
@@ -174,3 +175,15 @@ def test_merging_gives_a_bias_to_a_layer_without_one():
 def test_hydra_refuses(arguments, message):
     with pytest.raises(InputError, match=message):
         adapt(Hydra(**arguments))
+
+
+def test_a_map_behind_it_works_on_its_weight_outside_training():
+    """Its dropout is off then, though it runs by its branches where gradients are wanted."""
+    adapted = adapt(Hydra(dropout=0.1, targets=["proj"]), MapSAMDoRA(targets=["proj"])).eval()
+    adapted.set_trainable(*adapted.adapters)
+    x = normal(2, 3, 28, 28)
+    with torch.no_grad():
+        plain = adapted(x).tokens
+    assert_close(adapted(x).tokens.detach(), plain)
+    with pytest.raises(InputError, match="is random in training"):
+        adapted.train()(x)

@@ -82,6 +82,17 @@ def test_every_image_has_the_update_of_its_task(splits, skills, rank, tasks, wid
             assert_close(y[of_image], x[of_image] @ (linear.weight + 3.0 / rank * b @ a).T + linear.bias)
 
 
+def test_rounded_weights_that_are_all_zero_have_gradients_of_usual_size():
+    adapted = adapt(routing="rounded", targets=["q"])
+    pieces = adapted.pieces("a")
+    with torch.no_grad():
+        for piece in pieces:
+            piece.logits[:, 0] = -1e-3
+    run(adapted, tasks=TASKS).square().sum().backward()
+    first, others = (torch.stack([p.logits.grad[:, part].norm() for p in pieces]) for part in (0, slice(1, None)))
+    assert 0 < first.max() < 100 * others.max()
+
+
 def test_l2_routing_divides_logits_by_their_length():
     piece = next(iter(adapt(routing="l2").adapters["a"].pieces.values()))
     z = piece.logits[[1]]

@@ -61,6 +61,7 @@ class BiAdaptFormer(Adapter):
     ) -> None:
         super().__init__(targets, layers)
         self.require_positive(width=width)
+        self.require_strength(scale=scale)
         require_bits("BiAdaptFormer", bits)
         self.require_rate(dropout=dropout)
         self.width, self.bits, self.scale, self.dropout = width, bits, scale, dropout

@@ -65,6 +65,7 @@ class BiLoRA(Adapter):
     ) -> None:
         super().__init__(targets, layers)
         self.require_positive(rank=rank)
+        self.require_strength(scale=scale)
         require_bits("BiLoRA", bits)
         self.require_rate(dropout=dropout)
         self.rank, self.bits, self.scale, self.dropout = rank, bits, scale, dropout

@@ -68,6 +68,7 @@ class ConvLoRA(Adapter):
     ) -> None:
         super().__init__(targets, layers)
         self.require_positive(rank=rank)
+        self.require_strength(alpha=alpha)
         self.rank, self.alpha = rank, alpha
 
     def make(self, site: Site, backbone, shared: nn.ModuleDict) -> ConvLoRASite:

@@ -78,6 +78,7 @@ class Convpass(Adapter):
     ) -> None:
         super().__init__(targets, layers)
         self.require_positive(width=width)
+        self.require_strength(scale=scale)
         self.require_rate(dropout=dropout)
         self.width, self.scale, self.dropout = width, scale, dropout
 

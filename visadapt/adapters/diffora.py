@@ -78,6 +78,7 @@ class DiffoRA(Adapter):
     ) -> None:
         super().__init__(targets, layers)
         self.require_positive(rank=rank)
+        self.require_strength(alpha=alpha)
         self.require_rate(dropout=dropout)
         for name, share in (("keep", keep), ("search", search)):
             if not 0 < share < 1:

@@ -77,6 +77,7 @@ class DyLoRA(Adapter):
     ) -> None:
         super().__init__(targets, layers)
         self.require_positive(rank=rank)
+        self.require_strength(alpha=alpha)
         self.require_rate(dropout=dropout)
         self.rank, self.alpha, self.dropout, self.frozen = rank, alpha, dropout, frozen
 

@@ -41,12 +41,16 @@ class HydraSite(WeightMap):
         super().__init__(site)
         self.par = Branch(site.dim_in, site.dim_out, rank, dropout)
         self.seq = Branch(site.dim_out, site.dim_out, rank, dropout)
-        self.scaling, self.random = scaling, dropout > 0
+        self.scaling, self.dropout = scaling, dropout
+
+    @property
+    def random(self) -> bool:
+        return self.training and self.dropout > 0
 
     def by_forward(self) -> bool:
         # Through the new weight, the gradients would go through one of the size of the weight.
         learns = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
-        return learns or (self.training and self.random)
+        return learns or self.random
 
     def map(self, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor]:
         (a_p, b_p), (a_s, b_s) = ((f.down_proj.weight, f.up_proj.weight) for f in (self.par, self.seq))
@@ -97,6 +101,7 @@ class Hydra(Adapter):
     ) -> None:
         super().__init__(targets, layers)
         self.require_positive(rank=rank)
+        self.require_strength(scaling=scaling)
         self.require_rate(dropout=dropout)
         self.rank, self.scaling, self.dropout = rank, scaling, dropout
 

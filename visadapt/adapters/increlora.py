@@ -146,6 +146,7 @@ class IncreLoRA(Adapter):
         gain = max(1, target_rank // 2) if growth is None else growth
         limit = 4 * target_rank if max_rank is None else max_rank
         self.require_positive(rank=rank, target_rank=target_rank, growth=gain, max_rank=limit, top=top)
+        self.require_strength(alpha=alpha)
         self.require_positive(interval=interval, warmup=warmup + 1)
         self.require_rate(dropout=dropout, beta1=betas[0], beta2=betas[1])
         if not rank < target_rank <= limit or rank + gain > limit:

@@ -161,8 +161,7 @@ class LoCA(Adapter):
         )
         if not 0 <= search <= 1:
             raise InputError(f"LoCA: search is a share of the run from 0 to 1, got {search!r}")
-        if not location_lr_mult > 0:
-            raise InputError(f"LoCA: location_lr_mult must be above 0, got {location_lr_mult!r}")
+        self.require_strength(alpha=alpha, location_lr_mult=location_lr_mult)
         self.coefficients, self.alpha, self.search, self.seed = coefficients, alpha, search, seed
         self.coefficient_steps, self.location_steps = coefficient_steps, location_steps
         self.location_lr_mult = location_lr_mult

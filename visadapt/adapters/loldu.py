@@ -81,6 +81,7 @@ class LoLDU(Decomposed):
         super().__init__(targets, layers)
         if rank is not None:
             self.require_positive(rank=rank)
+        self.require_strength(alpha=alpha)
         self.rank, self.alpha = rank, alpha
 
     def components(self, site: Site, shape: tuple[int, int]) -> int | None:

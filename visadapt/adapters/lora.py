@@ -50,6 +50,7 @@ class LoRA(Adapter):
     ) -> None:
         super().__init__(targets, layers)
         self.require_positive(rank=rank)
+        self.require_strength(alpha=alpha)
         if scaling not in ("rank", "sqrt"):
             raise InputError(f"LoRA: scaling is 'rank' or 'sqrt', got '{scaling}'")
         self.require_rate(dropout=dropout)

@@ -71,6 +71,8 @@ class LoRAGA(Adapter):
     next to A and B. rank (dim_in + dim_out) trained values per site. Weight decay draws A and B to zero as there, so
     the model to W - s B0 A0 and not to the base.
 
+    The official scale "weightS", its random direction and the clipping of the start's norm are not offered.
+
     The decomposition is exact; the official one is randomised. Linears as published; convolutions are taken as
     (o, i kh kw), which is ours.
 
@@ -81,7 +83,7 @@ class LoRAGA(Adapter):
         direction: "ArB2r", "A2rBr" (the other way round) or "ArBr" (A0 the even, B0 the odd ones of the first 2 r).
         start: size of the start: "stable", "unit" (singular vectors as they are) or "gd" (divided by s).
         gamma: of "stable".
-        calibration_batches: training batches that G is averaged over.
+        calibration_batches: training batches that G is averaged over; without `Adapted.calibrate` nothing is learnt.
         targets: roles of linears and convolutions.
         layers: block indices.
     """
@@ -112,9 +114,7 @@ class LoRAGA(Adapter):
         for name, value, known in (("direction", direction, DIRECTIONS), ("start", start, SCALES)):
             if value not in known:
                 raise InputError(f"LoRAGA: unknown {name} '{value}'{hint(value, known)}")
-        for name, value in (("alpha", alpha), ("gamma", gamma)):
-            if not value > 0:
-                raise InputError(f"LoRAGA: {name} must be above 0, got {value!r}")
+        self.require_strength(alpha=alpha, gamma=gamma)
         self.rank, self.alpha, self.scaling, self.direction = rank, alpha, scaling, direction
         self.start, self.gamma, self.calibration_batches = start, gamma, calibration_batches
 

@@ -76,8 +76,7 @@ class LoRASB(Adapter):
     ) -> None:
         super().__init__(targets, layers)
         self.require_positive(rank=rank, calibration_batches=calibration_batches)
-        if not first_lr > 0:
-            raise InputError(f"LoRASB: first_lr must be above 0, got {first_lr!r}")
+        self.require_strength(first_lr=first_lr)
         self.rank, self.first_lr, self.calibration_batches = rank, first_lr, calibration_batches
 
     def make(self, site: Site, backbone, shared: nn.ModuleDict) -> LoRASBSite:

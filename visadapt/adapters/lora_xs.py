@@ -63,6 +63,7 @@ class LoRAXS(Decomposed):
     ) -> None:
         super().__init__(targets, layers)
         self.require_positive(rank=rank)
+        self.require_strength(alpha=alpha)
         self.rank, self.alpha = rank, alpha
 
     def components(self, site: Site, shape: tuple[int, int]) -> int:

@@ -169,6 +169,8 @@ class MoSA(Adapter):
     sees gradients before the masks. An adapter file holds the merge alone, as large as a plain adapter's; training that
     starts from it starts with all experts equal to the merge. Checkpoints of a run hold all experts.
 
+    Left out of the official code: a learned strength, the loss on block outputs, partitions by rows or columns.
+
     Trained values per site: 2 D of the norm, which "houlsby" has not, r D + r of `down` and r D + D of `up`, E times
     where a projection is split.
 
@@ -217,6 +219,7 @@ class MoSA(Adapter):
         super().__init__(STYLES[style][0] if targets is None else targets, layers)
         self.require_positive(width=width, experts=experts)
         self.require_rate(dropout=dropout or 0.0)
+        self.require_strength(scale=scale)
         self.width, self.experts, self.style, self.share, self.merge = width, experts, style, share, merge
         self.scale, self.dropout, self.split_bias, self.seed, self.variant = scale, dropout, split_bias, seed, variant
 

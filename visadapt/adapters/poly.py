@@ -72,7 +72,9 @@ class PolySite(Delta):
             z = torch.cat([z[..., :-1], torch.ones_like(z[..., -1:])], -1)
         if self.average_correction:
             return z * math.sqrt(z.shape[1] / z.shape[2])
-        return z / (z.sum(-1, keepdim=True) + 1e-12)
+        total = z.sum(-1, keepdim=True)
+        # Rounded weights may all be 0: a division by nearly nothing would give gradients without bounds.
+        return z / (total.clamp(min=1) if self.routing == "rounded" else total + 1e-12)
 
     def mixed(self, weights: Tensor) -> tuple[Tensor, Tensor]:
         """A (T, rank, dim_in) and B (T, dim_out, rank) for weights (T, splits, skills)."""
@@ -109,7 +111,7 @@ class PolySite(Delta):
         if tasks is None:
             raise InputError(
                 f"adapter '{self.owner}' was made for {count} tasks and the images have no task numbers; give the "
-                "batch a field 'task' (or set ctx.tasks), or fix one with set_task(number)"
+                "batch a field 'task' (where there is no task model: ctx.tasks), or fix one with set_task(number)"
             )
         if self.ctx.ids is not None:
             raise InputError(f"adapter '{self.owner}' is routed to images; fix its task with set_task(number) first")
@@ -194,6 +196,7 @@ class Poly(Adapter):
         self.n_tasks, self.n_skills, self.n_splits = n_tasks, n_skills, n_splits
         self.rank, self.alpha, self.routing = rank, alpha, routing
         self.average_correction, self.shared_skill = average_correction, shared_skill
+        self.require_strength(alpha=alpha, router_lr_mult=router_lr_mult)
         self.router_lr_mult = router_lr_mult
         self.set_task(task)
 

@@ -175,8 +175,7 @@ class QWHA(Adapter):
     ) -> None:
         super().__init__(targets, layers)
         self.require_positive(rank=rank, calibration_batches=calibration_batches)
-        if not alpha > 0:
-            raise InputError(f"QWHA: alpha must be above 0, got {alpha!r}")
+        self.require_strength(alpha=alpha)
         if base_bits is not None and base_bits not in BITS:
             raise InputError(f"QWHA: base_bits is one of {', '.join(map(str, BITS))}, or None; got {base_bits!r}")
         self.rank, self.alpha, self.base_bits, self.seed = rank, alpha, base_bits, seed

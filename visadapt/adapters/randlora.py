@@ -88,6 +88,7 @@ class RandLoRA(Adapter):
     ) -> None:
         super().__init__(targets, layers)
         self.require_positive(rank=rank, **({} if bases is None else {"bases": bases}))
+        self.require_strength(alpha=alpha)
         self.rank, self.alpha, self.bases, self.seed = rank, alpha, bases, seed
 
     def _count(self, site: Site) -> int:

@@ -106,6 +106,7 @@ class SoRA(Adapter):
     ) -> None:
         super().__init__(targets, layers)
         self.require_positive(rank=rank, stages=stages)
+        self.require_strength(alpha=alpha)
         self.require_rate(dropout=dropout, beta1=betas[0], beta2=betas[1])
         if variant not in VARIANTS:
             raise InputError(f"SoRA: no variant '{variant}'{hint(variant, VARIANTS)}")

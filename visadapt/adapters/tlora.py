@@ -139,6 +139,7 @@ class TLoRA(Adapter):
     ) -> None:
         super().__init__(targets, layers)
         self.require_positive(rank=rank, ring=ring)
+        self.require_strength(alpha=alpha)
         if cores not in (2, 3, 4):
             raise InputError(f"TLoRA: cores is 2, 3 or 4, got {cores!r}")
         self.rank, self.ring, self.cores, self.alpha = rank, ring, cores, alpha

@@ -100,7 +100,7 @@ class WaRATokens(Tokens):
     def forward(self, x: Tensor, y: Tensor, ctx: Context) -> Tensor:
         lead, patches = ctx.split(x)
         h, w = ctx.grid
-        grid = F.linear(patches, self.a).unflatten(1, (h, w))  # (B, h, w, r)
+        grid = F.linear(patches, self.a).unflatten(1, (-1, h, w)).flatten(0, 1)  # (frames, h, w, r)
         if h % 2:
             grid = torch.cat([grid, grid[:, -1:]], 1)
         if w % 2:
@@ -108,7 +108,7 @@ class WaRATokens(Tokens):
         bands = torch.stack(split(torch.stack(split(grid, self.wavelet, -3)), self.wavelet, -2))
         bands = F.gelu(self.gain[:, :, None, None, None] * bands)  # (2, 2, B, h / 2, w / 2, r)
         grid = join(*join(*bands, self.wavelet, -2), self.wavelet, -3)[:, :h, :w]
-        change = F.linear(grid.flatten(1, 2), self.b) * self.scaling
+        change = F.linear(grid.reshape(*patches.shape[:2], -1), self.b) * self.scaling
         return y + F.pad(change, (0, 0, lead.shape[1], 0))
 
 
@@ -176,6 +176,7 @@ class WaRA(Decomposed):
         sublayers = ("attn", "mlp")
         super().__init__(sublayers if version == "v2" and targets is None else targets, layers)
         self.require_positive(rank=rank)
+        self.require_strength(alpha=alpha)
         if version not in VERSIONS:
             raise InputError(f"WaRA: no version '{version}'{hint(version, VERSIONS)}")
         if wavelet not in WAVELETS:

@@ -327,12 +327,16 @@ class Adapted(nn.Module):
 
         Args:
             x: the images.
-            views: how many times each of them passes, for adapters that are random in training. The features are those
-                of all images, then of all images again: (views * B, ...).
+            views: how many times each of them passes, 1 or 2, for adapters that are random in training. The
+                features are those of all images, then of all images again: (views * B, ...).
 
         Raises:
-            InputError: routing ids or task numbers for another number of images.
+            InputError: routing ids or task numbers for another number of images, more than two views, or adapters of
+                another precision than the backbone without autocast.
         """
+        if views not in (1, 2):
+            raise InputError(f"views is 1 or 2, got {views}")
+        self._check_precision(x.device.type)
         if (tasks := self.ctx.tasks) is not None and (tasks.shape != x.shape[:1] or tasks.dtype != torch.int64):
             given = f"{list(tasks.shape)} of {str(tasks.dtype).removeprefix('torch.')}"
             raise InputError(f"ctx.tasks is {given}; {x.shape[0]} images need {x.shape[0]} numbers of int64, or None")
@@ -346,3 +350,16 @@ class Adapted(nn.Module):
             for key, value in side(self.ctx).items():
                 self.ctx.values[f"{side.owner}.{key}"] = value
         return self.backbone(x)
+
+    def _check_precision(self, device: str) -> None:
+        """Adapters are made in float32; with a base in half precision only autocast brings both together."""
+        dtype = next(self.backbone.parameters()).dtype
+        if dtype not in (torch.bfloat16, torch.float16) or torch.is_autocast_enabled(device):
+            return
+        for piece in (p for p in self.pieces() if p.on):
+            if any(p.dtype != dtype for p in piece.parameters()):
+                half = str(dtype).removeprefix("torch.")
+                raise InputError(
+                    f"the backbone is in {half} and adapter '{piece.owner}' is not; run it under "
+                    f"torch.autocast('{device}', {dtype}), merge the adapter, or convert both"
+                )

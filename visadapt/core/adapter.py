@@ -147,6 +147,12 @@ class Adapter(nn.Module):
             if not isinstance(value, int) or value < 1:
                 raise InputError(f"{type(self).__name__}: {name} must be a whole number of at least 1, got {value!r}")
 
+    def require_strength(self, **factors: float | None) -> None:
+        """Refuse factors at or below zero, with which nothing is learnt or everything unlearnt, by name."""
+        for name, value in factors.items():
+            if value is not None and not value > 0:
+                raise InputError(f"{type(self).__name__}: {name} must be above 0, got {value!r}")
+
     def require_rate(self, **rates: float) -> None:
         """Refuse probabilities outside [0, 1), by name."""
         for name, value in rates.items():

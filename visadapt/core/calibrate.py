@@ -85,7 +85,9 @@ class _Moments:
     def __call__(self, module: nn.Module, args: tuple) -> None:
         x = args[0].float()
         if isinstance(module, nn.Conv2d):
-            x = F.unfold(x, module.kernel_size, module.dilation, module.padding, module.stride).transpose(1, 2)
+            mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+            x = F.pad(x, module._reversed_padding_repeated_twice, mode)
+            x = F.unfold(x, module.kernel_size, module.dilation, 0, module.stride).transpose(1, 2)
         x = x.reshape(-1, x.shape[-1])
         self.total, self.count = self.total + x.T @ x, self.count + len(x)
 
@@ -115,8 +117,8 @@ def input_moments(adapted: Adapted, sites: Sequence[Site], losses: Iterable[Call
     finally:
         for hook in hooks:
             hook.remove()
-    if not all(found.count for found in moments.values()):
-        raise InputError("a start from the inputs of layers needs at least one batch of training data")
+    if unseen := [path for path, found in moments.items() if not found.count]:
+        raise InputError(f"a start from the inputs of layers needs a batch of training data that reaches {unseen[0]}")
     means = {path: mean_over_processes(found.total / found.count) for path, found in moments.items()}
     return {site.key: means[site.path] for site in sites}
 

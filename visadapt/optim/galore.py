@@ -25,7 +25,8 @@ class GaLore(AdamWBase):
     are when the subspace changes. With m, v of R at step t:
         W -= lr sqrt(1 - beta2^t) / (1 - beta1^t) scale (m / (sqrt(v) + eps) projected back);  W -= lr weight_decay W.
     Convolutions are worked on as (o, weights per output). Moments take r (o or i) values, for "full" r^2, instead of
-    o i, and the vectors as much again. Biases, norms and heads train by the same rule in full.
+    o i, and the vectors r times the side that was projected, for "full" both. Biases, norms and heads train by the same
+    rule in full.
 
     Trains what `FullFineTune` trains; two or more dimensions make a weight, embeddings of one row (class tokens,
     positions) do not. Vectors have the signs of `core.decompose.svd`, so that every process has the same.

@@ -126,6 +126,7 @@ class ImageClassifier(BaseModel):
         logits = self.head(self.encode(inputs, task=task) if features is None else features)
         if mode == "tensor":
             return logits
+        self.adapted.ctx.tasks = None
         scores = logits.float().softmax(1)
         given = labels.tolist() if labels is not None else [-1] * len(scores)
         paths = path or [""] * len(scores)
