@@ -466,7 +466,7 @@ def test_a_strength_of_zero_is_refused(name):
     given = inspect.signature(ADAPTERS.get(name)).parameters
     for factor in {"alpha", "scale", "scaling", "gamma", "router_lr_mult"} & set(given):
         if not isinstance(given[factor].default, str):
-            with pytest.raises(InputError, match=f"{factor} must be above 0, got 0"):
+            with pytest.raises(InputError, match=f"{factor} must be above 0 and finite, got 0"):
                 ADAPTERS.build({"type": name, factor: 0.0})
 
 
@@ -481,6 +481,23 @@ def test_half_precision_wants_autocast_or_a_merge():
         assert adapted(x).tokens.isfinite().all()
     adapted.merge("a")
     assert adapted(x).tokens.dtype == torch.bfloat16
+
+
+def test_whole_numbers_are_merged_into_nothing():
+    adapted = Adapted(tiny())
+    noise(adapted.add("a", LoRA(targets=["fc2"])))
+    for block in adapted.backbone.body.blocks:
+        block.mlp.fc2.weight = nn.Parameter(block.mlp.fc2.weight.to(torch.int8), requires_grad=False)
+    with pytest.raises(InputError, match=r"weight of blocks\.0\.mlp\.fc2 is stored as torch\.int8"):
+        adapted.merge("a")
+
+
+def test_offsets_of_biases_keep_the_precision_of_the_base():
+    adapted = Adapted(tiny())
+    noise(adapted.add("a", BitFit()))
+    adapted.backbone.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert adapted(images().bfloat16()).tokens.isfinite().all()
 
 
 def test_more_than_two_views_are_refused():

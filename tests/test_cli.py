@@ -289,6 +289,15 @@ def test_sites_of_nothing(capsys, name, message):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("name", "code", "said"), [("LoRAPro", 0, "OK"), ("GaLore", 2, "GaLore")])
+def test_check_builds_the_optimizer_by_its_name(capsys, name, code, said):
+    config = str(REPOSITORY / "configs/lora/lora_dinov2-s-focus_6e_digits-56.py")
+    words = ["model.backbone.weights=None", "model.backbone.name=test_vit", f"optim_wrapper.optimizer.type={name}"]
+    assert cli.main(["check", config, *words]) == code
+    out, err = capsys.readouterr()
+    assert said in (err if code else out)
+
+
 def test_check(capsys, config_file, tmp_path):
     cv2, np = pytest.importorskip("cv2"), pytest.importorskip("numpy")
     for name in "abc":

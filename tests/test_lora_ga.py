@@ -17,7 +17,7 @@ from visadapt.backbones.timm_vit import TimmViT
 from visadapt.core.adapted import Adapted
 from visadapt.core.sites import Site
 from visadapt.errors import InputError
-from visadapt.testing import assert_close, noise, progress
+from visadapt.testing import assert_close, noise
 
 SHAPES = st.tuples(st.integers(4, 16), st.integers(4, 16))
 
@@ -116,10 +116,9 @@ def test_resume_and_files_know_the_start(tmp_path):
 
 
 def test_training_without_a_start_is_refused():
-    adapter = LoRAGA(2, targets=["q"])
-    adapt(adapter)
-    with pytest.raises(InputError, match="LoRAGA: it has no start yet"):
-        adapter.on_step(progress(0))
+    adapted = adapt(LoRAGA(2, targets=["q"])).train()
+    with pytest.raises(InputError, match="takes its start from data and has none yet"):
+        adapted(torch.randn(1, 3, 28, 28))
 
 
 # ---- MapSAM's DoRA ---------------------------------------------------------------------------------------------------

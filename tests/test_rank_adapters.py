@@ -283,7 +283,7 @@ def test_diffora_stores_shared_factors_once(tmp_path):
         (lambda: IncreLoRA(1, 2, growth=0), "growth must be"),
         (lambda: IncreLoRA(1, 2, growth=4, max_rank=4), "ranks grow from rank"),
         (lambda: IncreLoRA(warmup=-1), "warmup must be"),
-        (lambda: IncreLoRA(1, 60, targets=TARGETS), "target_rank 60 exceeds the site trunk_00_q of 48 x 48"),
+        (lambda: IncreLoRA(1, 60, targets=TARGETS), "rank 60 exceeds the site trunk_00_q of 48 x 48"),
         (lambda: DiffoRA(keep=1.0), "keep is a share between 0 and 1"),
         (lambda: DiffoRA(search=0.0), "search is a share between 0 and 1"),
         (lambda: DiffoRA(50, targets=TARGETS), "DiffoRA: rank 50 exceeds"),

@@ -27,7 +27,7 @@ from visadapt.core.inject import WeightForward
 from visadapt.core.io import read_manifest, read_tensors
 from visadapt.core.sites import Site
 from visadapt.errors import InputError
-from visadapt.testing import assert_close, noise, progress, tiny_backbone
+from visadapt.testing import assert_close, noise, tiny_backbone
 
 many = settings(max_examples=40, deadline=None, derandomize=True)
 X = torch.randn(2, 3, 28, 42, generator=torch.Generator().manual_seed(1))
@@ -228,10 +228,12 @@ def test_places_come_from_gradients_and_are_in_the_file(mask, tmp_path):
     adapted = vit()
     adapted.add("a", SHiRA(2, mask, calibration_batches=2, targets=["q", "fc2"]))
     batches = [lambda s=s: adapted(X * s).tokens.square().sum() for s in (1.0, -2.0, 50.0)]  # the third is not used
-    with pytest.raises(InputError, match=f"mask '{mask}' comes from data; call Adapted.calibrate before training"):
-        adapted.adapters["a"].on_step(progress(0))
+    for act in (lambda: adapted.train()(X), lambda: adapted.eval().merge("a")):
+        with pytest.raises(InputError, match="'a' takes its start from data and has none yet"):
+            act()
     adapted.calibrate("a", batches)
-    adapted.adapters["a"].on_step(progress(0))
+    adapted.train()(X)
+    adapted.eval()
     body, score = adapted.backbone.body, {}
     for path in ("blocks.0.attn.qkv", "blocks.1.mlp.fc2"):
         weight = body.get_submodule(path).weight.requires_grad_(True)

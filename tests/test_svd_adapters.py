@@ -11,6 +11,7 @@ from visadapt.adapters._common import decomposed
 from visadapt.adapters.loldu import LoLDU, LoLDUSite, lower_diagonal_upper
 from visadapt.adapters.lora_sb import LoRASB
 from visadapt.adapters.lora_xs import LoRAXS
+from visadapt.adapters.peft import PEFT
 from visadapt.adapters.salt import SALT, SALTSite
 from visadapt.adapters.ssam import SSAM, SSAMSite
 from visadapt.adapters.svfit import SVFit
@@ -197,8 +198,8 @@ def test_lora_sb_starts_at_the_best_approximation_of_the_first_step():
 def test_lora_sb_without_a_start_refuses_to_train_and_survives_a_zero_gradient():
     adapted = adapt(LoRASB(rank=3, targets=["q"]))
     adapter, (piece,) = adapted.adapters["a"], adapted.pieces("a")
-    with pytest.raises(InputError, match=r"no start.*calibrate"):
-        adapter.on_step(progress(0))
+    with pytest.raises(InputError, match="takes its start from data and has none yet"):
+        adapted.train()(torch.randn(1, 3, 28, 28))
     adapter.calibrate({piece.site.key: torch.zeros(D, D)})
     assert not piece.delta().any()
 
@@ -315,3 +316,13 @@ def test_mistakes_are_named(make, message):
     with pytest.raises(InputError, match=message) as caught:
         make()
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.peft
+def test_the_decomposed_starts_of_peft_stand_for_a_part_of_the_base_too():
+    pytest.importorskip("peft")
+    adapted = adapt(PEFT("LoRA", dict(r=2, init_lora_weights="pissa"), targets=["q"]))
+    with pytest.raises(InputError, match="both start from the base weight"):
+        adapted.add("other", LoLDU(targets=["q"]))
+    with pytest.raises(InputError, match="PEFT 'DoRA': rank 1000 exceeds the site trunk_00_q of"):
+        adapt(PEFT("DoRA", dict(r=1000), targets=["q"]))

@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader
 
 from .errors import InputError, hint
 from .files import atomic
+from .optim import allora, galore, lora_pro, sst  # noqa: F401  for their names beside those of torch
 from .registry import ADAPTERS, BACKBONES, DATASETS, HEADS, LOSSES, METRICS, TASKS, Registry, mistyped_arguments
 
 OWN_KEYS = {"model_wrapper_cfg", "find_unused_parameters", "cache_features"}

@@ -16,7 +16,7 @@ from ..core.progress import Progress
 from ..core.sites import LINEARS, Site
 from ..errors import InputError
 from ..registry import ADAPTERS
-from ._common.low_rank import orthogonality
+from ._common.low_rank import orthogonality, require_rank
 
 
 class IncreLoRASite(Delta):
@@ -161,9 +161,7 @@ class IncreLoRA(Adapter):
         self.register_load_state_dict_post_hook(_read_counts)
 
     def make(self, site: Site, backbone, shared: nn.ModuleDict) -> IncreLoRASite:
-        if self.target_rank > min(site.dim_in, site.dim_out):
-            size = f"{site.dim_out} x {site.dim_in}"
-            raise InputError(f"IncreLoRA: target_rank {self.target_rank} exceeds the site {site.key} of {size}")
+        require_rank("IncreLoRA", self.max_rank or self.target_rank, site, (site.dim_out, site.dim_in))
         return IncreLoRASite(site, self.rank, self.limit, self.alpha, self.dropout, self.advance_learn)
 
     def build(self, backbone) -> None:

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from ..core.adapter import Adapter
 from ..core.decompose import one_core_each, svd
 from ..core.kinds import Delta
-from ..core.progress import Progress
 from ..core.sites import CONVS, LINEARS, Site
 from ..errors import InputError, hint
 from ..registry import ADAPTERS
@@ -83,7 +82,7 @@ class LoRAGA(Adapter):
         direction: "ArB2r", "A2rBr" (the other way round) or "ArBr" (A0 the even, B0 the odd ones of the first 2 r).
         start: size of the start: "stable", "unit" (singular vectors as they are) or "gd" (divided by s).
         gamma: of "stable".
-        calibration_batches: training batches that G is averaged over; without `Adapted.calibrate` nothing is learnt.
+        calibration_batches: training batches that G is averaged over.
         targets: roles of linears and convolutions.
         layers: block indices.
     """
@@ -139,6 +138,5 @@ class LoRAGA(Adapter):
             size = SCALES[self.start](len(b), self.gamma, piece.scaling)
             piece.begin(size * a, size * b)
 
-    def on_step(self, progress: Progress) -> None:
-        if progress.step == 0 and not all(piece.b0.any() for piece in self.pieces.values()):
-            raise InputError("LoRAGA: it has no start yet and cannot learn; call Adapted.calibrate before training")
+    def has_start(self) -> bool:
+        return all(piece.b0.any() for piece in self.pieces.values())

@@ -10,9 +10,7 @@ from torch import Tensor, nn
 from ..core.adapter import Adapter
 from ..core.decompose import one_core_each, svd
 from ..core.kinds import Delta
-from ..core.progress import Progress
 from ..core.sites import CONVS, LINEARS, Site
-from ..errors import InputError
 from ..registry import ADAPTERS
 from ._common.low_rank import require_rank
 
@@ -91,6 +89,5 @@ class LoRASB(Adapter):
         for piece, factors in zip(self.pieces.values(), one_core_each(approximate, self.pieces)):
             piece.begin(*factors)
 
-    def on_step(self, progress: Progress) -> None:
-        if progress.step == 0 and not all(piece.b.any() for piece in self.pieces.values()):
-            raise InputError("LoRASB: it has no start yet and cannot learn; call Adapted.calibrate before training")
+    def has_start(self) -> bool:
+        return all(piece.b.any() for piece in self.pieces.values())

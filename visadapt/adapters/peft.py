@@ -26,8 +26,9 @@ from ..core.progress import Progress
 from ..core.sites import WEIGHTS, Site
 from ..errors import InputError
 from ..registry import ADAPTERS
+from ._common.low_rank import require_rank
 from ._common.peft_ranks import RankSchedule
-from ._common.peft_rules import TUNERS, Tuner, check_options, kind_of, tuner_name
+from ._common.peft_rules import RANKS, TUNERS, Tuner, check_options, kind_of, tuner_name
 
 NAME = "default"
 """What PEFT calls the one adapter of its layers."""
@@ -151,6 +152,7 @@ class PEFTSite(WeightMap):
         """Work on the base less what the layer adds now (PiSSA, OLoRA), so that together they are the base."""
         self.register_buffer("start_a", self.layer.lora_A[NAME].weight.detach().clone())
         self.register_buffer("start_b", self.layer.lora_B[NAME].weight.detach().clone())
+        self.rebases = True
 
     def by_forward(self) -> bool:
         return True
@@ -342,6 +344,8 @@ class PEFT(Adapter):
     def make(self, site: Site, backbone, shared: nn.ModuleDict) -> PEFTSite:
         layer, module = self._layers.pop(site.key), backbone.body.get_submodule(site.path)
         weight, bias = _rows(module, site.rows)
+        if (rank := self.options.get(RANKS.get(self.tuner))) is not None:
+            require_rank(f"PEFT '{self.tuner}'", rank, site, tuple(weight.flatten(1).shape))
         moved = not torch.equal(layer.base_layer.weight, weight)
         _settle(layer, self.rule.keep)
         piece = PEFTSite(site, layer, self.random, self.adds_bias)

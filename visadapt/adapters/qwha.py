@@ -11,7 +11,6 @@ from ..core.adapter import Adapter
 from ..core.calibrate import INPUT_MOMENTS
 from ..core.decompose import one_core_each
 from ..core.kinds import Delta
-from ..core.progress import Progress
 from ..core.sites import CONVS, LINEARS, Site
 from ..errors import InputError
 from ..registry import ADAPTERS
@@ -214,6 +213,5 @@ class QWHA(Adapter):
     def calibrate(self, statistic: dict[str, Tensor]) -> None:
         one_core_each(lambda key: self.pieces[key].begin(statistic[key]), self.pieces)
 
-    def on_step(self, progress: Progress) -> None:
-        if self.calibration and progress.step == 0 and not all(p.index.any() for p in self.pieces.values()):
-            raise InputError("QWHA: a rounded base needs a start from data; call Adapted.calibrate before training")
+    def has_start(self) -> bool:
+        return not self.calibration or all(p.index.any() for p in self.pieces.values())

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from ..core.adapter import Adapter
 from ..core.kinds import Delta
-from ..core.progress import Progress
 from ..core.sites import CONVS, LINEARS, Site
 from ..core.sparse import Entries
 from ..errors import InputError, hint
@@ -139,6 +138,5 @@ class SHiRA(Adapter):
         for key, piece in self.pieces.items():
             piece.index.copy_(largest(statistic[key], len(piece.index)))
 
-    def on_step(self, progress: Progress) -> None:
-        if self.calibration and progress.step == 0 and not all(p.index.any() for p in self.pieces.values()):
-            raise InputError(f"SHiRA: mask '{self.mask}' comes from data; call Adapted.calibrate before training")
+    def has_start(self) -> bool:
+        return not self.calibration or all(p.index.any() for p in self.pieces.values())

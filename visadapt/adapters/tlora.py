@@ -90,6 +90,7 @@ class TLoRASite(WeightMap):
         return y.view(len(w), right, left).transpose(1, 2).reshape(w.shape)
 
     def map(self, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        w = w.to(self.a.dtype)
         with torch.autocast(w.device.type, enabled=False):
             new = torch.addmm(self.transformed(w.flatten(1)), self.b, self.a, alpha=self.scaling)
         return new.view(w.shape), b

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,11 +29,14 @@ def print_json(value: Any) -> None:
 
 
 def print_table(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> None:
-    """Rows under their column names, each column as wide as its widest cell."""
+    """Rows under their column names, each column as wide as its widest cell, numbers with their ends in line."""
     cells = [list(columns), *([_text(row[c]) for c in columns] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*cells)]
+    columns = list(zip(*cells))
+    widths = [max(map(len, column)) for column in columns]
+    numbers = [all(re.fullmatch(r"-|[+-]?[\d,.]+", cell) for cell in column[1:]) for column in columns]
     for line in cells:
-        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip())
+        placed = (c.rjust(w) if right else c.ljust(w) for c, w, right in zip(line, widths, numbers))
+        print("  ".join(placed).rstrip())
 
 
 def _text(value: Any) -> str:

@@ -11,6 +11,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from mmengine.optim import build_optim_wrapper
     from mmengine.runner import Runner
 
     from ..config import load
@@ -29,5 +30,8 @@ def run(args: argparse.Namespace) -> int:
     for part, dataset in datasets.items():
         check_classes(task, dataset, part)
     print(task.adapted.trainable_report(task.heads))
+    if cfg.get("optim_wrapper") is not None:
+        with refusals("optim_wrapper"):
+            build_optim_wrapper(task, cfg.optim_wrapper)
     print(f"OK    {args.config}")
     return 0

@@ -25,6 +25,10 @@ REPOSITORY = registry.ROOT.parent
 COUNTS = registry.ROOT / "adapters" / "vit_b.json"
 """Trainable parameters on a ViT-B with each method's defaults, written by `visadapt bench parameters`."""
 
+FOOTNOTE = """
+vit_b_params: what trains on a ViT-B/16 with random weights and each method's defaults, coordinates, experts and ranks
+that go or come later included. PEFT is one adapter for all its tuners: PEFT(tuner='DoRA'), HRA, OFT, VeRA, ..."""
+
 COLUMNS = ("name", "kinds", "vit_b_params", "mergeable", "needs", "paper")
 
 
@@ -48,6 +52,8 @@ def run(args: argparse.Namespace) -> int:
         print(f"{chr(10) * (i > 0)}{group}")
         columns = COLUMNS if group == "adapters" else ("name", "summary")
         print_table(found[group], columns)
+        if group == "adapters":
+            print(FOOTNOTE)
     return 0
 
 

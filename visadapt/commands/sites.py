@@ -27,6 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.norms:
         return norms(args)
+    if args.adapter is not None:
+        raise InputError("--adapter goes with --norms; the sites are those of the backbone alone")
     found = [{column: getattr(site, column) for column in COLUMNS} for site in build(args.backbone).sites()]
     if args.json:
         print_json(found)

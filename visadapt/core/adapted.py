@@ -47,6 +47,7 @@ class Adapted(nn.Module):
         self.ctx = backbone.ctx
         self.merger = Merger()
         self.base_values = BaseValues()
+        self.started: set[Adapter] = set()
         if any(isinstance(m, nn.TransformerEncoderLayer | nn.MultiheadAttention) for m in backbone.modules()):
             torch.backends.mha.set_fastpath_enabled(
                 False
@@ -176,7 +177,8 @@ class Adapted(nn.Module):
                 if start < last and first < stop:
                     raise InputError(
                         f"adapters '{other.owner}' and '{piece.owner}' both start from the base weight of "
-                        f"{piece.site.path} and stand for a part of it; enable one of them, or give them other targets"
+                        f"{piece.site.path} and stand for a part of it; use, save and load one at a time, or give them "
+                        "other targets"
                     )
             seen[piece.site.path].append(piece)
 
@@ -272,6 +274,19 @@ class Adapted(nn.Module):
             batches = islice(losses, adapter.calibration_batches)
             adapter.calibrate(measured(self, sites, batches, adapter.calibration))
 
+    def check_starts(self, names: Iterable[str]) -> None:
+        """Refuse adapters whose start comes from data and has not come."""
+        for name in names:
+            adapter = self.adapters[name]
+            if adapter.calibration is None or adapter in self.started:
+                continue
+            if not adapter.has_start():
+                raise InputError(
+                    f"adapter '{name}' takes its start from data and has none yet; call "
+                    f"adapted.calibrate('{name}', losses) first, which training from a config does"
+                )
+            self.started.add(adapter)
+
     def losses(self) -> dict[str, Tensor]:
         """Regularisers of the enabled adapters, as "loss_<adapter>_<name>"."""
         enabled = [n for n in self.adapters if self.is_enabled(n)]
@@ -331,13 +346,17 @@ class Adapted(nn.Module):
                 features are those of all images, then of all images again: (views * B, ...).
 
         Raises:
-            InputError: routing ids or task numbers for another number of images, more than two views, or adapters of
-                another precision than the backbone without autocast.
+            InputError: routing ids or task numbers for another number of images, more than two views, adapters of
+                another precision than the backbone without autocast, or training without the start that data give.
         """
+        if self.training and torch.is_grad_enabled():
+            self.check_starts(n for n in self.adapters if any(p.on for p in self.pieces(n)))
         if views not in (1, 2):
             raise InputError(f"views is 1 or 2, got {views}")
         self._check_precision(x.device.type)
-        if (tasks := self.ctx.tasks) is not None and (tasks.shape != x.shape[:1] or tasks.dtype != torch.int64):
+        if (tasks := self.ctx.tasks) is not None and not isinstance(tasks, Tensor):
+            raise InputError(f"ctx.tasks is a {type(tasks).__name__}; it must be a tensor of int64, or None")
+        if tasks is not None and (tasks.shape != x.shape[:1] or tasks.dtype != torch.int64):
             given = f"{list(tasks.shape)} of {str(tasks.dtype).removeprefix('torch.')}"
             raise InputError(f"ctx.tasks is {given}; {x.shape[0]} images need {x.shape[0]} numbers of int64, or None")
         if views > 1:

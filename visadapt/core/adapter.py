@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -114,6 +115,10 @@ class Adapter(nn.Module):
     def calibrate(self, statistic: dict[str, Tensor]) -> None:
         """Start from data: `statistic` holds what `core.calibrate` measured, by site key. Once, before training."""
 
+    def has_start(self) -> bool:
+        """False while `calibrate` is still to come; training and merging are refused then."""
+        return True
+
     def losses(self) -> dict[str, Tensor]:
         """Regularisers, scalars by name, that are added to the task's loss."""
         return {}
@@ -148,10 +153,10 @@ class Adapter(nn.Module):
                 raise InputError(f"{type(self).__name__}: {name} must be a whole number of at least 1, got {value!r}")
 
     def require_strength(self, **factors: float | None) -> None:
-        """Refuse factors at or below zero, with which nothing is learnt or everything unlearnt, by name."""
+        """Refuse factors that are not above zero and finite, with which nothing is learnt, by name."""
         for name, value in factors.items():
-            if value is not None and not value > 0:
-                raise InputError(f"{type(self).__name__}: {name} must be above 0, got {value!r}")
+            if value is not None and not 0 < value < math.inf:
+                raise InputError(f"{type(self).__name__}: {name} must be above 0 and finite, got {value!r}")
 
     def require_rate(self, **rates: float) -> None:
         """Refuse probabilities outside [0, 1), by name."""

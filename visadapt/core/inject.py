@@ -42,6 +42,8 @@ class StandIn:
 
 def run_with(module: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The module's own computation with another weight and bias: its stride, padding, groups, layout, statistics."""
+    if bias is not None:
+        bias = bias.to(weight.dtype)  # an offset in float32 on a base in half precision
     if isinstance(module, nn.Linear):
         return F.linear(x, weight, bias)
     return type(module).forward(StandIn(module, weight, bias), x)

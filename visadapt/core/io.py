@@ -241,7 +241,8 @@ def load_adapter(
         name = made_for["arguments"].get("name", "")
         raise InputError(
             f"{path} was made for {made_for['type']}({name}), fingerprint {made_for['fingerprint'][:12]}; "
-            f"this backbone has {here[:12]}. Load the same base weights, or pass check_base=False if they are equal"
+            f"this backbone has {here[:12]}. Load the same base weights, or pass check_base=False to load() if they "
+            "are equal"
         )
     attached = _attach_missing(adapted, manifest, path)
     try:

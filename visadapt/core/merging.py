@@ -153,6 +153,7 @@ class Merger:
             kinds = sorted({p.kind for p in pieces})
             what = f"kinds {kinds}" if kinds else "no pieces"
             raise InputError(f"adapters {names} have {what}; only delta and weight adapters can be merged")
+        adapted.check_starts(names)
         for name in names:
             if not adapted.is_enabled(name):
                 raise InputError(f"adapter '{name}' is not enabled; merge folds what takes part, enable it first")
@@ -169,6 +170,8 @@ class Merger:
                 raise InputError(
                     f"{path} also carries the enabled adapter '{other}'; merge both together or disable it"
                 )
+            if chosen and not module.weight.is_floating_point():
+                raise InputError(f"the weight of {path} is stored as {module.weight.dtype}; nothing merges into it")
             if chosen:
                 plan[path] = (forward, chosen)
         return plan

@@ -69,6 +69,9 @@ TUNERS = {
     "WaveFT": Tuner("WAVEFT"),
 }
 
+RANKS = {"AdaLoRA": "init_r", "DoRA": "r", "HRA": "r", "LoRA": "r"}
+"""Options that are ranks of a matrix of the site's size."""
+
 _TEXT = "it needs a language model with the configuration of transformers"
 _SEARCH = "what it finds in the base at the start is not stored, so it answers wrongly when the base is loaded later"
 
