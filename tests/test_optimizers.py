@@ -237,7 +237,6 @@ class Tied(LoRA):
         (LoRA(), dict(type=SST), {}, "SST works on weight matrices"),
         (LoRA(), dict(type=LoRAPro, variant="oficial"), {}, r"variant 'oficial' \(did you mean 'official'\?\)"),
         (LoRA(), dict(type=LoRAPro, delta=0.0), {}, "delta must be above 0"),
-        (LoRA(alpha=0.0), dict(type=LoRAPro), {}, "the scale 0"),
         (LoRA(), dict(type=LoRAPro, lr=-1.0), {}, "LoRAPro: lr must be at least 0, got -1"),
         (LoRA(), dict(type=ALLoRA, mode="grads"), {}, r"mode 'grads' \(did you mean 'grad'\?\)"),
         (LoRA(), dict(type=ALLoRA, eta=0.0), {}, "eta must be above 0"),

@@ -143,5 +143,5 @@ def measure(setup: Setup, methods: list[str]) -> dict[str, Any]:
     found |= cached_epochs(setup) | runner_cost(setup)
     machine = torch.cuda.get_device_name() if setup.device == "cuda" else platform.processor() or platform.machine()
     found |= {"machine": machine, "threads": torch.get_num_threads(), "visadapt": __version__}
-    found["methods"] = measure_methods(setup, methods)
+    found["methods"] = measure_methods(replace(setup, rounds=max(3, setup.rounds // 3)), methods)
     return found | {p: version(p) for p in ("torch", "timm", "peft")} | asdict(setup)

@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", type=positive, default=224, help="speed: image side in pixels")
     parser.add_argument("--batch", type=positive, default=8, help="speed: images per training step")
     parser.add_argument("--mixed", type=positive, default=32, help="speed: images and adapters of the mixed batch")
-    parser.add_argument("--rounds", type=positive, default=9, help="speed: measured rounds")
+    parser.add_argument("--rounds", type=positive, default=9, help="speed: measured rounds; of single methods a third")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="speed: where to run")
     parser.add_argument("--json", action="store_true", help="speed: print one JSON object")
     parser.add_argument("--out", help="speed: also write the JSON object to this file")
