@@ -80,7 +80,11 @@ def test_zoo_rows_join_seeds_and_keep_settings_apart():
     one, two = zoo_rows(results)
     assert (one["top-1 %"], one["seeds"], one["file"]) == ("85.0 ± 7.1", "0 1", "2.00 MB")
     assert two["top-1 %"] == "50.0" and "a=1" in two["command"] and two["method"] == "M (x)"
-    results[0]["config"] = "configs/m/m_y_task-1.py"
+    assert one["epochs"] == "-"
+    results[0] |= dict(config="configs/m/m_y_4e_task-1.py")
+    assert zoo_rows(results[:1])[0]["epochs"] == "4"
+    results[0] |= dict(overrides=["train_cfg.max_epochs=2"])
+    assert zoo_rows(results[:1])[0]["epochs"] == "2"
     assert zoo_rows(results[:1])[0]["method"] == "M"
 
 

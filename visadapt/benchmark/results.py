@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -98,6 +99,13 @@ def _method(path: str, adapters: str) -> str:
     return adapters if name.replace("-", "") == adapters.replace(" ", "").lower() else f"{adapters} ({name})"
 
 
+def _epochs(path: str, overrides: list[str]) -> str:
+    """Length of a run, by the name of its config or what replaces it."""
+    named = re.findall(r"_(\d+)e_", Path(path).stem)
+    given = [word.partition("=")[2] for word in overrides if word.startswith("train_cfg.max_epochs=")]
+    return (given or named or ["-"])[-1]
+
+
 def zoo_rows(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Runs of one setting under different seeds as one row each."""
     groups: dict[tuple, list[dict[str, Any]]] = {}
@@ -115,6 +123,7 @@ def zoo_rows(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 "method": _method(path, first["method"]),
                 "top-1 %": f"{mean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else ""),
                 "seeds": " ".join(map(str, seeds)),
+                "epochs": _epochs(path, overrides),
                 "trainable": f"{first['trainable_params']:,}",
                 "file": f"{first['stored_bytes'] / 1e6:.2f} MB",
                 "minutes": f"{mean(r['seconds'] for r in found) / 60:.1f}",
@@ -133,7 +142,7 @@ def write_zoo(path: Path = ZOO) -> Path:
     rows = zoo_rows(read_results())
     if not rows:
         raise InputError(f"no results in {RESULTS}/ here; run visadapt bench train first, or change to their folder")
-    columns = ["task", "method", "top-1 %", "seeds", "trainable", "file", "minutes"]
+    columns = ["task", "method", "top-1 %", "seeds", "epochs", "trainable", "file", "minutes"]
     lines = [
         "# Model zoo",
         "",
