@@ -28,7 +28,7 @@ LINEAR_NAMES = ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"]
 """All linears of a timm ViT's blocks; PEFT would take the patch embedding for a plain \"proj\"."""
 
 TWINS: dict[str, tuple[str, dict[str, Any]]] = {
-    "LayerNormTuning": ("LNTuningConfig", dict(target_modules=["norm1", "norm2", "norm"])),
+    "LayerNormTuning": ("LNTuningConfig", dict(target_modules=r"(blocks\.\d+\.norm[12]|norm)")),
     "LoRA": ("LoraConfig", dict(r=8, lora_alpha=8, target_modules=LINEAR_NAMES)),
     "RandLoRA": ("RandLoraConfig", dict(r=6, target_modules=LINEAR_NAMES)),
     "SHiRA": ("ShiraConfig", dict(r=5, target_modules=LINEAR_NAMES)),
@@ -139,7 +139,7 @@ def textbook(adapted: Adapted) -> Adapted | None:
 def config(name: str) -> dict[str, Any]:
     """A method with its defaults; weight methods on all linears, so that they can be compared."""
     method = ADAPTERS.get(name)
-    weights = set(method.kinds) <= {"delta", "weight"} and set(LINEARS) <= set(method.roles)
+    weights = bool(method.kinds) and set(method.kinds) <= {"delta", "weight"} and set(LINEARS) <= set(method.roles)
     return {"type": name, **({"targets": ["all-linear"]} if weights else {})}
 
 
@@ -208,8 +208,8 @@ def measure_method(setup: Setup, name: str, floor: int | None) -> dict[str, Any]
     """One row: ratios of step time and peak memory, below 1 where we need less; or why there are none."""
     try:
         row = alone(step_ratios, setup, name)
-    except InputError as error:
-        return {"not_measured": str(error)}
+    except Exception as error:  # one method's trouble must not cost the figures of the others
+        return {"not_measured": f"{'' if isinstance(error, InputError) else type(error).__name__ + ': '}{error}"}
     if floor is None:
         return row
     peak = alone(peak_bytes, setup, name, "ours")
