@@ -164,7 +164,10 @@ def model(setup: Setup, name: str, how: str) -> nn.Module | None:
 
 
 def peak_bytes(setup: Setup, name: str, how: str) -> int | None:
-    """Highest memory of two training steps above what the model itself holds, in this process."""
+    """Highest memory of two training steps above what the model itself holds, in this process.
+
+    On a CPU what a start from data has used and freed may count to the model, so that the figure is too low then.
+    """
     measured, images = model(setup, name, how), setup.images(setup.batch)
     if measured is None:
         return None
