@@ -7,9 +7,10 @@ import json
 import pytest
 import torch
 
+from visadapt.adapters import VIT_B
 from visadapt.backbones.timm_vit import TimmViT
-from visadapt.benchmark.methods import adapted_with, textbook
-from visadapt.benchmark.parameters import MODEL, STORED, trainable
+from visadapt.benchmark.methods import adapted_with, measure_methods, textbook
+from visadapt.benchmark.parameters import MODEL, trainable
 from visadapt.benchmark.results import zoo_rows
 from visadapt.benchmark.setup import Setup
 from visadapt.benchmark.timing import ratio, spread
@@ -61,6 +62,11 @@ def test_textbook_computes_the_same(method):
         torch.testing.assert_close(ours, reference)
 
 
+def test_a_method_that_cannot_be_measured_says_why_and_stops_no_other():
+    rows = measure_methods(Setup("test_vit", 32, 2, rounds=1), ["PEFT", "BitFit"])
+    assert rows["PEFT"] == {"not_measured": "PEFT needs the argument tuner"} and rows["BitFit"]["step_over_floor"] > 0
+
+
 def test_unknown_method(capsys):
     assert main(["bench", "speed", "--method", "LoRa"]) == 2
     assert "LoRA" in capsys.readouterr().err
@@ -89,11 +95,11 @@ def test_zoo_rows_join_seeds_and_keep_settings_apart():
 
 
 def test_counts_on_a_vit_b_are_there_for_every_method_that_needs_no_argument():
-    assert set(ADAPTERS.names()) - set(json.loads(STORED.read_text())) == {"PEFT", "ConvLoRA"}
+    assert set(ADAPTERS.names()) - set(json.loads(VIT_B.read_text())) == {"PEFT", "ConvLoRA"}
 
 
 @pytest.mark.parametrize("name", ["AdaptFormer", "Hydra", "LoRA", "MoSA", "SSF", "VPT"])
 def test_counts_on_a_vit_b_are_those_of_the_code(name):
     """Of methods that make nothing of the weights; `visadapt bench parameters` writes all of them anew."""
     with torch.device("meta"):
-        assert trainable(TimmViT(MODEL), name) == json.loads(STORED.read_text())[name]
+        assert trainable(TimmViT(MODEL), name) == json.loads(VIT_B.read_text())[name]

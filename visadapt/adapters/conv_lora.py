@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
 from ..core.adapter import Adapter
@@ -13,7 +11,7 @@ from ..core.kinds import Delta
 from ..core.sites import CONVS, LINEARS, Site
 from ..errors import InputError
 from ..registry import ADAPTERS
-from ._common.low_rank import require_rank
+from ._common.low_rank import factor_pair, require_rank
 
 
 class ConvLoRASite(Delta):
@@ -21,9 +19,7 @@ class ConvLoRASite(Delta):
 
     def __init__(self, site: Site, rank: int, kernel: int, scaling: float) -> None:
         super().__init__(site)
-        self.a = nn.Parameter(torch.empty(rank * kernel, site.dim_in * kernel))
-        self.b = nn.Parameter(torch.zeros(site.dim_out * kernel, rank * kernel))
-        nn.init.kaiming_uniform_(self.a, a=math.sqrt(5))
+        self.a, self.b = factor_pair(rank * kernel, site.dim_in * kernel, site.dim_out * kernel)
         self.kernel, self.scaling = kernel, scaling
 
     def factors(self) -> tuple[Tensor, Tensor, float] | None:

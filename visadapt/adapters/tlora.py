@@ -13,7 +13,7 @@ from ..core.kinds import WeightMap
 from ..core.sites import CONVS, LINEARS, Site
 from ..errors import InputError
 from ..registry import ADAPTERS
-from ._common.low_rank import require_rank
+from ._common.low_rank import factor_pair, require_rank
 
 NOISE = 1e-3
 """Standard deviation of the slots that start away from zero."""
@@ -73,9 +73,7 @@ class TLoRASite(WeightMap):
             nn.init.normal_(slots, std=NOISE)
         for core in self.cores:
             nn.init.eye_(core[0, :, :, 0])
-        self.a = nn.Parameter(torch.empty(rank, shape[1]))
-        self.b = nn.Parameter(torch.zeros(shape[0], rank))
-        nn.init.kaiming_uniform_(self.a, a=math.sqrt(5))
+        self.a, self.b = factor_pair(rank, shape[1], shape[0])
 
     def transformed(self, w: Tensor) -> Tensor:
         """w T for w (n, i): in two products, or with T where that is faster."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -15,7 +14,7 @@ from ..core.sites import LINEARS, Site
 from ..errors import InputError, hint
 from ..registry import ADAPTERS
 from ._common.decomposed import Decomposed
-from ._common.low_rank import require_rank
+from ._common.low_rank import factor_pair, require_rank
 
 VERSIONS = ("v1", "v2", "tiny")
 
@@ -69,8 +68,7 @@ class WaRASite(Delta):
         o, i = -(-site.dim_out // 2), -(-site.dim_in // 2)
         if rank > min(o, i):
             raise InputError(f"WaRA: rank {rank} exceeds the sub-bands of {site.key}, {o} and {i} channels; lower it")
-        self.a, self.b = nn.Parameter(torch.empty(rank, i)), nn.Parameter(torch.zeros(o, rank))
-        nn.init.kaiming_uniform_(self.a, a=math.sqrt(5))
+        self.a, self.b = factor_pair(rank, i, o)
         self.scaling, self.wavelet = scaling, wavelet
 
     def factors(self) -> tuple[Tensor, Tensor, float]:
@@ -92,9 +90,8 @@ class WaRATokens(Tokens):
     def __init__(self, site: Site, rank: int, scaling: float, wavelet: str) -> None:
         super().__init__(site)
         require_rank("WaRA", rank, site, (site.dim_out, site.dim_in))
-        self.a, self.b = nn.Parameter(torch.empty(rank, site.dim_in)), nn.Parameter(torch.zeros(site.dim_out, rank))
+        self.a, self.b = factor_pair(rank, site.dim_in, site.dim_out)
         self.gain = nn.Parameter(torch.ones(2, 2, rank))
-        nn.init.kaiming_uniform_(self.a, a=math.sqrt(5))
         self.scaling, self.wavelet = scaling, wavelet
 
     def forward(self, x: Tensor, y: Tensor, ctx: Context) -> Tensor:

@@ -93,8 +93,9 @@ class TimmModel(Backbone):
         """Width and stride of all levels, shallow to deep; the stride of the last is the patch size."""
         raise NotImplementedError
 
-    def known_models(self) -> list[str]:
-        return [name for module in self.sources for name in timm.list_models(module=module)]
+    @classmethod
+    def known_models(cls) -> list[str]:
+        return [name for module in cls.sources for name in timm.list_models(module=module)]
 
     def _create(self, in_chans: int) -> nn.Module:
         base, _, tag = self.name.partition(".")
@@ -190,9 +191,7 @@ def family_of(name: str) -> str:
     for found, kind in families.items():
         if timm.models.is_model_in_modules(base, set(kind.sources)):
             return found
-    known = [
-        model for kind in families.values() for source in kind.sources for model in timm.list_models(module=source)
-    ]
     if timm.is_model(base):
         raise InputError(f"timm's '{base}' belongs to none of the families {', '.join(families)}")
+    known = [model for kind in families.values() for model in kind.known_models()]
     raise InputError(f"timm has no model '{base}'{hint(base, known)}")

@@ -143,14 +143,14 @@ def config(name: str) -> dict[str, Any]:
     return {"type": name, **({"targets": ["all-linear"]} if weights else {})}
 
 
-def twin(setup: Setup, name: str) -> nn.Module | None:
-    """The method by HF PEFT, None where PEFT is not installed or has no such method."""
+def twin(setup: Setup, name: str, adapter: str = "default") -> nn.Module | None:
+    """The method by HF PEFT under the name `adapter`, None where PEFT is not installed or has no such method."""
     if version("peft") is None or name not in TWINS:
         return None
     import peft
 
     kind, arguments = TWINS[name]
-    return peft.get_peft_model(setup.backbone().body, getattr(peft, kind)(**arguments)).train()
+    return peft.get_peft_model(setup.backbone().body, getattr(peft, kind)(**arguments), adapter).train()
 
 
 def model(setup: Setup, name: str, how: str) -> nn.Module | None:
@@ -208,11 +208,8 @@ def alone(function: Callable, *arguments: Any) -> Any:
 
 
 def measure_method(setup: Setup, name: str, floor: int | None) -> dict[str, Any]:
-    """One row: ratios of step time and peak memory, below 1 where we need less; or why there are none."""
-    try:
-        row = alone(step_ratios, setup, name)
-    except Exception as error:  # one method's trouble must not cost the figures of the others
-        return {"not_measured": f"{'' if isinstance(error, InputError) else type(error).__name__ + ': '}{error}"}
+    """One row: ratios of step time and peak memory, below 1 where we need less."""
+    row = alone(step_ratios, setup, name)
     if floor is None:
         return row
     peak = alone(peak_bytes, setup, name, "ours")
@@ -223,15 +220,17 @@ def measure_method(setup: Setup, name: str, floor: int | None) -> dict[str, Any]
 
 
 def measure_methods(setup: Setup, names: list[str]) -> dict[str, dict[str, Any]]:
-    """Rows by method."""
+    """Rows by method; of one that cannot be measured, why."""
     counts_memory = setup.device == "cuda" or sys.platform.startswith("linux")
     floor = alone(peak_bytes, setup, "", "floor") if names and counts_memory else None
     rows = {}
     for name in names:
-        rows[name] = measure_method(setup, name, floor)
-        print(
-            f"{name}: {' '.join(f'{k} {v:.2f}' for k, v in rows[name].items() if isinstance(v, float))}",
-            file=sys.stderr,
-            flush=True,
-        )
+        try:
+            rows[name] = measure_method(setup, name, floor)
+        except Exception as error:  # one method's trouble must not cost the figures of the others
+            rows[name] = {
+                "not_measured": f"{'' if isinstance(error, InputError) else type(error).__name__ + ': '}{error}"
+            }
+        shown = (f"{key} {value if isinstance(value, str) else f'{value:.2f}'}" for key, value in rows[name].items())
+        print(f"{name}: {', '.join(shown)}", file=sys.stderr, flush=True)
     return rows

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from ..adapters import VIT_B
 from ..backbones.timm_vit import TimmViT
 from ..core.adapted import Adapted
 from ..errors import InputError
 from ..files import atomic
-from ..registry import ADAPTERS, ROOT
+from ..registry import ADAPTERS
 
-STORED = ROOT / "adapters" / "vit_b.json"
 MODEL = "vit_base_patch16_224"
 
 
@@ -25,7 +25,7 @@ def trainable(backbone: TimmViT, name: str) -> int:
     return count
 
 
-def write_parameters(path: Path = STORED) -> Path:
+def write_parameters(path: Path = VIT_B) -> Path:
     """Count all methods on a ViT-B with random weights; those that need arguments are left out."""
     backbone, found = TimmViT(MODEL), {}
     for name in ADAPTERS.names():

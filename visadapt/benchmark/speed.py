@@ -21,7 +21,7 @@ from .. import __version__
 from ..core.adapted import Adapted
 from ..environment import version
 from ..registry import ADAPTERS
-from .methods import LINEAR_NAMES, adapted_with, alone, disturb, measure_methods, peak_bytes, stepper
+from .methods import adapted_with, alone, disturb, measure_methods, peak_bytes, stepper, twin
 from .running import cached_epochs, runner_cost
 from .setup import Setup
 from .timing import interleaved, ratio, spread
@@ -33,15 +33,10 @@ SHIRA = {"type": "SHiRA", "rank": 5, "mask": "random", "targets": ["all-linear"]
 
 def peft_lora(setup: Setup, count: int = 1) -> nn.Module | None:
     """The same LoRA by HF PEFT with `count` adapters, None where PEFT is not installed."""
-    if version("peft") is None:
-        return None
-    from peft import LoraConfig, get_peft_model
-
-    config = LoraConfig(r=8, lora_alpha=8, target_modules=LINEAR_NAMES)
-    model = get_peft_model(setup.backbone().body, config, adapter_name="a0")
-    for i in range(1, count):
-        model.add_adapter(f"a{i}", config)
-    return model.train()
+    if (model := twin(setup, "LoRA", "a0")) is not None:
+        for i in range(1, count):
+            model.add_adapter(f"a{i}", model.peft_config["a0"])
+    return model
 
 
 def floor_step(setup: Setup) -> Callable[[], None]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .. import registry
+from ..adapters import VIT_B
 from ..core.sites import Site, select
 from ..errors import InputError
 from ._output import print_json, print_table
@@ -22,9 +23,6 @@ GROUPS = {
     "datasets": registry.DATASETS,
 }
 REPOSITORY = registry.ROOT.parent
-COUNTS = registry.ROOT / "adapters" / "vit_b.json"
-"""Trainable parameters on a ViT-B with each method's defaults, written by `visadapt bench parameters`."""
-
 FOOTNOTE = """
 vit_b_params: what trains on a ViT-B/16 with random weights and each method's defaults, coordinates, experts and ranks
 that go or come later included. PEFT is one adapter for all its tuners: PEFT(tuner='DoRA'), HRA, OFT, VeRA, ..."""
@@ -41,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     groups = [args.group] if args.group else list(GROUPS)
     configs, cases = read_configs(), read_cases()
     found = {group: [row(group, entry, configs, cases) for entry in GROUPS[group].entries()] for group in groups}
-    counts = json.loads(COUNTS.read_text())
+    counts = json.loads(VIT_B.read_text())
     for entry in (entry for group in groups for entry in found[group]):
         count = counts.get(entry["name"]) if entry["group"] == "adapters" else None
         entry["vit_b_params"] = count if args.json or count is None else f"{count:,}"

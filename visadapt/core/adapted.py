@@ -47,7 +47,6 @@ class Adapted(nn.Module):
         self.ctx = backbone.ctx
         self.merger = Merger()
         self.base_values = BaseValues()
-        self.started: set[Adapter] = set()
         if any(isinstance(m, nn.TransformerEncoderLayer | nn.MultiheadAttention) for m in backbone.modules()):
             torch.backends.mha.set_fastpath_enabled(
                 False
@@ -275,17 +274,17 @@ class Adapted(nn.Module):
             adapter.calibrate(measured(self, sites, batches, adapter.calibration))
 
     def check_starts(self, names: Iterable[str]) -> None:
-        """Refuse adapters whose start comes from data and has not come."""
+        """Refuse enabled adapters whose start comes from data and has not come."""
         for name in names:
             adapter = self.adapters[name]
-            if adapter.calibration is None or adapter in self.started:
+            if adapter.calibration is None or adapter.started or not self.is_enabled(name):
                 continue
             if not adapter.has_start():
                 raise InputError(
                     f"adapter '{name}' takes its start from data and has none yet; call "
                     f"adapted.calibrate('{name}', losses) first, which training from a config does"
                 )
-            self.started.add(adapter)
+            adapter.started = True
 
     def losses(self) -> dict[str, Tensor]:
         """Regularisers of the enabled adapters, as "loss_<adapter>_<name>"."""
@@ -350,7 +349,7 @@ class Adapted(nn.Module):
                 another precision than the backbone without autocast, or training without the start that data give.
         """
         if self.training and torch.is_grad_enabled():
-            self.check_starts(n for n in self.adapters if any(p.on for p in self.pieces(n)))
+            self.check_starts(self.adapters)
         if views not in (1, 2):
             raise InputError(f"views is 1 or 2, got {views}")
         self._check_precision(x.device.type)

@@ -36,6 +36,7 @@ class Adapter(nn.Module):
         zero_grad: roles at which a gradient is zero by the mathematics, e.g. that of the key bias under softmax.
         calibration: which statistic of `core.calibrate` the start needs, None for a start without data.
         calibration_batches: training batches that the statistic is averaged over.
+        started: `has_start` was seen to be true, and need not be asked again.
     """
 
     kinds: ClassVar[tuple[str, ...]] = ()
@@ -49,6 +50,7 @@ class Adapter(nn.Module):
     zero_grad: ClassVar[tuple[str, ...]] = ()
     calibration: str | None = None
     calibration_batches: int = 8
+    started: bool = False
 
     def __init__(self, targets: Sequence[str] | None = None, layers: Sequence[int] | None = None) -> None:
         super().__init__()

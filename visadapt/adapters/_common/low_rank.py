@@ -32,6 +32,13 @@ def orthogonality(parts: Iterable[Tensor]) -> Tensor:
     return torch.cat(norms).mean()
 
 
+def factor_pair(rank: int, dim_in: int, dim_out: int) -> tuple[nn.Parameter, nn.Parameter]:
+    """A (rank, dim_in) Kaiming-uniform and B (dim_out, rank) zero: the usual start of a low-rank update."""
+    a = nn.Parameter(torch.empty(rank, dim_in))
+    nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+    return a, nn.Parameter(torch.zeros(dim_out, rank))
+
+
 class LowRankSite(Delta):
     """delta = s B A with A (rank, dim_in) Kaiming-uniform and B (dim_out, rank) zero at the start.
 
@@ -59,9 +66,7 @@ class LowRankSite(Delta):
         super().__init__(site)
         dim_in = site.dim_in if dim_in is None else dim_in
         require_rank(owner, rank, site, (site.dim_out, dim_in))
-        self.a = nn.Parameter(torch.empty(rank, dim_in))
-        self.b = nn.Parameter(torch.zeros(site.dim_out, rank))
-        nn.init.kaiming_uniform_(self.a, a=math.sqrt(5))
+        self.a, self.b = factor_pair(rank, dim_in, site.dim_out)
         self.scaling, self.dropout = scaling, dropout
 
     def by_forward(self) -> bool:
