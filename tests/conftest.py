@@ -3,11 +3,19 @@ from __future__ import annotations
 import pytest
 import torch
 
+from visadapt.testing import tiny_backbone
+
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
     """More threads than one only fight for the cores that pytest's workers share."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def vit_b_block():
+    """A ViT-B of one block, with random weights; a test leaves it as it was."""
+    return tiny_backbone(dict(type="TimmViT", name="vit_base_patch16_224", arch=dict(depth=1)))
 
 
 @pytest.fixture(autouse=True)

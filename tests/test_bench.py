@@ -102,4 +102,4 @@ def test_counts_on_a_vit_b_are_there_for_every_method_that_needs_no_argument():
 def test_counts_on_a_vit_b_are_those_of_the_code(name):
     """Of methods that make nothing of the weights; `visadapt bench parameters` writes all of them anew."""
     with torch.device("meta"):
-        assert trainable(TimmViT(MODEL), name) == json.loads(VIT_B.read_text())[name]
+        assert trainable(TimmViT(MODEL), ADAPTERS.build({"type": name})) == json.loads(VIT_B.read_text())[name]

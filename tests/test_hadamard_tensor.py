@@ -16,6 +16,7 @@ from visadapt.adapters import qwha, tlora
 from visadapt.adapters._common.hadamard import Hadamard, hadamard_block, sylvester
 from visadapt.adapters.qwha import BITS, QWHA, QWHASite, budgets, chosen, rounded
 from visadapt.adapters.tlora import TLoRA, TLoRASite, factorise
+from visadapt.benchmark.parameters import trainable
 from visadapt.core.adapted import Adapted
 from visadapt.core.io import read_manifest, read_tensors
 from visadapt.core.sites import Site
@@ -60,16 +61,7 @@ LINEARS = ["qkv", "proj", "fc1", "fc2"]
     ],
 )
 def test_values_on_a_vit_b(make, expected, vit_b_block):
-    adapted = Adapted(vit_b_block)
-    adapted.add("a", make())
-    adapted.set_trainable("a")
-    assert 12 * adapted.trainable_report().trainable == expected
-    adapted.remove("a")
-
-
-@pytest.fixture(scope="module")
-def vit_b_block():
-    return tiny_backbone(dict(type="TimmViT", name="vit_base_patch16_224", arch=dict(depth=1)))
+    assert 12 * trainable(vit_b_block, make()) == expected
 
 
 # ---- the Hadamard transform ------------------------------------------------------------------------------------------

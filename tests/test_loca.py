@@ -7,51 +7,19 @@ import math
 
 import pytest
 import torch
-from cases import TINY
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small import compiles, linear_site, on_vit_b, vit
 from torch.utils.flop_counter import FlopCounterMode
 from training import TARGETS, Run
 
 from visadapt.adapters.loca import LoCA, LoCASite, dct, idct
-from visadapt.backbones.timm_vit import TimmViT
-from visadapt.core.adapted import Adapted
 from visadapt.core.io import read_manifest
-from visadapt.core.sites import Site
 from visadapt.errors import InputError
-from visadapt.testing import assert_close, noise, tiny_backbone
+from visadapt.testing import assert_close, noise
 
 FUSED, ALL = ("qkv",), ("qkv", "proj", "fc1", "fc2")
 SIDES = st.integers(2, 23)
-
-
-def vit(adapter):
-    """A tiny ViT with an adapter away from its start."""
-    adapted = Adapted(tiny_backbone(TINY["vit"])).eval()
-    noise(adapted.add("a", adapter))
-    adapted.set_trainable("a")
-    return adapted
-
-
-def on_vit_b(adapter):
-    with torch.device("meta"):
-        backbone = TimmViT("vit_base_patch16_224")
-    adapter.build(backbone)
-    return adapter
-
-
-def linear_site(o, i):
-    return Site("layer", "proj", 0, i, o)
-
-
-def compiles(adapted):
-    x = torch.randn(2, 3, 28, 42, generator=torch.Generator().manual_seed(1))
-    torch.compiler.reset()
-    runs = torch.compile(lambda x: adapted(x).tokens, backend="eager", fullgraph=True), lambda x: adapted(x).tokens
-    parameters, cotangent = [*adapted.adapters.parameters()], torch.randn(adapted(x).tokens.shape)
-    found, wanted = (torch.autograd.grad((f(x) * cotangent).sum(), parameters) for f in runs)
-    for one, other in zip(found, wanted):
-        assert_close(one, other, "gradient", 1e-4)
 
 
 # ---- LoCA: transform -------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from cases import TINY
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small import compiles
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
@@ -20,6 +21,7 @@ from visadapt.adapters.randlora import RandLoRA
 from visadapt.adapters.shira import SHiRA, SHiRASite, largest, structured
 from visadapt.adapters.snell import SNELL
 from visadapt.adapters.snella import SNELLA
+from visadapt.benchmark.parameters import trainable
 from visadapt.core import sparse
 from visadapt.core.adapted import Adapted
 from visadapt.core.context import Context
@@ -77,16 +79,7 @@ def site(o, i, rows=None):
     ],
 )
 def test_values_on_a_vit_b(make, expected, vit_b_block):
-    adapted = Adapted(vit_b_block)
-    adapted.add("a", make())
-    adapted.set_trainable("a")
-    assert 12 * adapted.trainable_report().trainable == expected
-    adapted.remove("a")
-
-
-@pytest.fixture(scope="module")
-def vit_b_block():
-    return tiny_backbone(dict(type="TimmViT", name="vit_base_patch16_224", arch=dict(depth=1)))
+    assert 12 * trainable(vit_b_block, make()) == expected
 
 
 # ---- sparse linears --------------------------------------------------------------------------------------------------
@@ -367,12 +360,7 @@ MAKES = {
 def test_compiles_as_one_graph(name):
     adapted = vit(a=MAKES[name]())
     adapted.set_trainable("a")
-    torch.compiler.reset()
-    runs = torch.compile(lambda x: adapted(x).tokens, backend="eager", fullgraph=True), lambda x: adapted(x).tokens
-    parameters, cotangent = [*adapted.adapters.parameters()], torch.randn(adapted(X).tokens.shape)
-    found, wanted = (torch.autograd.grad((f(X) * cotangent).sum(), parameters) for f in runs)
-    for one, other in zip(found, wanted):
-        assert_close(one, other, "gradient", 1e-4)
+    compiles(adapted)
 
 
 @pytest.mark.parametrize(

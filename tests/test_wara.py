@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from cases import TINY
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small import compiles, linear_site, on_vit_b, vit
 
 from visadapt.adapters.wara import WAVELETS, WaRA, WaRASite, WaRATokens
-from visadapt.backbones.timm_vit import TimmViT
 from visadapt.core.adapted import Adapted
 from visadapt.core.context import Context
 from visadapt.core.decompose import svd
@@ -22,25 +22,6 @@ from visadapt.testing import assert_close, difference, noise, tiny_backbone
 FUSED, ALL = ("qkv",), ("qkv", "proj", "fc1", "fc2")
 FAMILIES = st.sampled_from(sorted(WAVELETS))
 SIDES = st.integers(2, 23)
-
-
-def vit(adapter):
-    """A tiny ViT with an adapter away from its start."""
-    adapted = Adapted(tiny_backbone(TINY["vit"])).eval()
-    noise(adapted.add("a", adapter))
-    adapted.set_trainable("a")
-    return adapted
-
-
-def on_vit_b(adapter):
-    with torch.device("meta"):
-        backbone = TimmViT("vit_base_patch16_224")
-    adapter.build(backbone)
-    return adapter
-
-
-def linear_site(o, i):
-    return Site("layer", "proj", 0, i, o)
 
 
 # ---- WaRA: filters ---------------------------------------------------------------------------------------------------
@@ -231,16 +212,6 @@ def test_flags_and_targets_follow_the_version(version, kinds, mergeable, targets
 def test_wara_compiles_as_one_graph(version):
     adapted = vit(WaRA(2, version=version, wavelet="db2"))
     compiles(adapted)
-
-
-def compiles(adapted):
-    x = torch.randn(2, 3, 28, 42, generator=torch.Generator().manual_seed(1))
-    torch.compiler.reset()
-    runs = torch.compile(lambda x: adapted(x).tokens, backend="eager", fullgraph=True), lambda x: adapted(x).tokens
-    parameters, cotangent = [*adapted.adapters.parameters()], torch.randn(adapted(x).tokens.shape)
-    found, wanted = (torch.autograd.grad((f(x) * cotangent).sum(), parameters) for f in runs)
-    for one, other in zip(found, wanted):
-        assert_close(one, other, "gradient", 1e-4)
 
 
 @pytest.mark.parametrize(

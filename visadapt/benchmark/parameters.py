@@ -6,8 +6,10 @@ import json
 from pathlib import Path
 
 from ..adapters import VIT_B
+from ..backbones.base import Backbone
 from ..backbones.timm_vit import TimmViT
 from ..core.adapted import Adapted
+from ..core.adapter import Adapter
 from ..errors import InputError
 from ..files import atomic
 from ..registry import ADAPTERS
@@ -15,10 +17,10 @@ from ..registry import ADAPTERS
 MODEL = "vit_base_patch16_224"
 
 
-def trainable(backbone: TimmViT, name: str) -> int:
-    """Trainable parameters of a method with its defaults, without a head."""
+def trainable(backbone: Backbone, adapter: Adapter) -> int:
+    """Values that an adapter trains on a backbone, which is as before afterwards."""
     adapted = Adapted(backbone)
-    adapted.add("main", ADAPTERS.build({"type": name}))
+    adapted.add("main", adapter)
     adapted.set_trainable("main")
     count = adapted.trainable_report().trainable
     adapted.remove("main")
@@ -30,7 +32,7 @@ def write_parameters(path: Path = VIT_B) -> Path:
     backbone, found = TimmViT(MODEL), {}
     for name in ADAPTERS.names():
         try:
-            found[name] = trainable(backbone, name)
+            found[name] = trainable(backbone, ADAPTERS.build({"type": name}))
         except InputError as error:
             print(f"{name} is left out: {error}", flush=True)
     with atomic(path) as temporary:
