@@ -158,10 +158,9 @@ class Merger:
             if not adapted.is_enabled(name):
                 raise InputError(f"adapter '{name}' is not enabled; merge folds what takes part, enable it first")
         plan = {}
-        for path, module in adapted.backbone.body.named_modules():
-            forward = module.__dict__.get("forward")
-            if not isinstance(forward, WeightForward):
-                continue
+        for path in dict.fromkeys(p.site.path for p in pieces if p.folds):
+            module = adapted.backbone.body.get_submodule(path)
+            forward: WeightForward = module.forward
             active = forward.ordered()
             chosen = [p for p in active if id(p) in folding]
             left = [p for p in active if id(p) not in folding]
