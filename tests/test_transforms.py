@@ -121,6 +121,85 @@ def test_float_images_keep_their_range():
         Albu([dict(type="RandomGamma", p=1)], 13)(image, 0)
 
 
+BLOCKS = np.kron(np.array([[1, 90], [254, 255]], np.uint8), np.ones((24, 32), np.uint8))
+FILLS = [
+    dict(type="Rotate", limit=(30, 40)),
+    dict(type="Affine", translate_percent=(0.2, 0.3)),
+    dict(type="Pad", padding=4),
+    dict(type="CropAndPad", percent=0.1),
+    dict(type="GridElasticDeform", num_grid_xy=(4, 4), magnitude=10),
+    dict(type="OpticalDistortion", distort_limit=(0.4, 0.5)),
+    dict(type="CoarseDropout", fill_mask=255),
+    dict(type="PixelDropout", dropout_prob=0.3, mask_drop_value=255),
+]
+
+
+@pytest.mark.parametrize("entry", FILLS, ids=lambda entry: entry["type"])
+def test_masks_are_filled_with_ignored_and_never_mixed(entry):
+    albu = Albu([dict(entry, p=1)])
+    full = np.full((48, 64), 7, np.uint8)
+    image, mask = albu(IMAGE, 3, full)
+    assert set(np.unique(mask)) == {7, 255} and mask.dtype == np.uint8
+    assert np.array_equal(image, albu(IMAGE, 3)) and (full == 7).all()
+    _, mask = albu(IMAGE, 3, BLOCKS)
+    assert set(np.unique(mask)) == {1, 90, 254, 255}
+
+
+@pytest.mark.parametrize("transforms", [MANY, [*FLIPS, dict(type="Perspective", p=1), RESIZE], [dict(type="D4", p=1)]])
+def test_image_and_mask_share_one_draw(transforms):
+    """An image that shows the mask still does, but for the borders that interpolation blurs."""
+    geometric = [t for t in transforms if t["type"] not in ("OneOf", "ISONoise")]
+    albu = Albu(geometric)
+    classes = (BLOCKS == 90).astype(np.uint8)
+    for seed in range(6):
+        image, mask = albu(np.repeat(classes[..., None] * 250, 3, 2), seed, classes)
+        assert image.shape[:2] == mask.shape
+        known = mask < 255
+        assert ((image[..., 0] > 125) == (mask == 1))[known].mean() > 0.95
+
+
+def test_mistakes_about_masks():
+    for name, value, kind in (("fill_mask", 0, "Pad"), ("mask_drop_value", 3, "PixelDropout")):
+        with pytest.raises(InputError, match=rf"transform\[0\]: {kind}: {name} must be 255"):
+            Albu([{"type": kind, name: value} | ({"padding": 1} if kind == "Pad" else {})])
+    with pytest.raises(InputError, match="mask_interpolation would mix labels"):
+        Albu([dict(RESIZE, mask_interpolation=1)])
+    assert Albu([dict(RESIZE, mask_interpolation=0)]).to_json() == [dict(RESIZE, mask_interpolation=0)]
+    with pytest.raises(InputError, match=r"uint8 and of its image's size: this one is uint8 \(48, 60\)"):
+        Albu([RESIZE])(IMAGE, 0, BLOCKS[:, :60])
+    with pytest.raises(InputError, match="this one is int64"):
+        Albu([RESIZE])(IMAGE, 0, BLOCKS.astype(np.int64))
+    with pytest.raises(InputError, match="Morphological would grow"):
+        Albu([dict(type="OneOf", transforms=[dict(type="Morphological")])])(IMAGE, 0, BLOCKS)
+
+
+def test_balanced_crop():
+    """A stripe of one class in a field of another: of most places less than a quarter is stripe."""
+    mask = np.zeros((48, 64), np.uint8)
+    mask[:, 28:36] = 1
+    crop = dict(type="BalancedCrop", height=16, width=16)
+
+    def shares(**options):
+        return [Albu([crop | options])(IMAGE, seed, mask)[1].mean() for seed in range(60)]
+
+    assert np.mean([share < 0.25 for share in shares(max_share=1.0)]) > 0.5
+    assert np.mean([share < 0.25 for share in shares()]) < 0.1
+    mask[:] = 255  # what is ignored is no class: it does not make room for one
+    mask[:12, :32], mask[12:, :32] = 1, 0
+    found = [Albu([crop])(IMAGE, seed, mask)[1] for seed in range(60)]
+    assert np.mean([(m == 1).sum() >= 0.25 * (m < 255).sum() > 0 for m in found]) > 0.8
+    assert Albu([crop])(IMAGE, 0, np.full_like(mask, 255))[1].shape == (16, 16)  # nothing fits
+    image, padded = Albu([dict(crop, height=60, pad_if_needed=True)])(IMAGE, 0, np.zeros((48, 64), np.uint8))
+    assert image.shape == (60, 16, 3) and (padded == 255).sum() == 12 * 16
+    assert Albu([crop]).is_random and Albu([crop]).to_json() == [crop]
+    with pytest.raises(InputError, match=r"transform\[0\]: BalancedCrop: height: Input should be greater"):
+        Albu([dict(crop, height=-1)])
+    with pytest.raises(InputError, match=r"max_share must be in \(0, 1\], got 1.5"):
+        Albu([dict(crop, max_share=1.5)])
+    with pytest.raises(InputError, match=r"BalancedCrop requires .*mask"):
+        Albu([crop])(IMAGE, 0)
+
+
 def test_wrong_images_are_input_errors():
     with pytest.raises(InputError, match=r"fail on an image of \(48, 64, 3\).*Crop size"):
         Albu([dict(type="RandomCrop", height=100, width=100)])(IMAGE, 0)

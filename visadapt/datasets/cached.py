@@ -46,7 +46,7 @@ class FeatureDataset(Dataset):
         if len(wrong):
             raise InputError(f"FeatureDataset: label {int(wrong[0])} is none of the {len(classes)} classes")
         self.features = features
-        self.labels = [int(label) for label in labels]
+        self.labels = labels.tolist()  # numbers, or lists of 0 and 1
         self.paths = list(paths)
         self.classes = tuple(classes)
         self.metainfo = {"classes": self.classes}

@@ -120,19 +120,14 @@ def read_image(path: str | Path, channels: int = 3) -> np.ndarray:
         InputError: the format is unknown, or the number of bands is another one.
     """
     path = Path(path)
-    suffix = path.suffix.lower()
-    if suffix not in IMAGE_SUFFIXES:
-        raise InputError(f"{path}: images of type '{suffix}' are not read; use one of {', '.join(IMAGE_SUFFIXES)}")
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise UnreadableImage(f"{path} cannot be read: {error.strerror}") from error
+    suffix, data = path.suffix.lower(), content(path)
     if suffix == ".npy":
-        image = _read_array(path)
+        image = read_array(path)
+        image = image if image.dtype in RESIZABLE else image.astype(np.float32)
     elif suffix in RASTERS:
         image = _read_raster(path, data)
     else:
-        image = _decode(path, data, cv2.IMREAD_COLOR_RGB if channels == 3 else cv2.IMREAD_UNCHANGED)
+        image = decode(path, data, cv2.IMREAD_COLOR_RGB if channels == 3 else cv2.IMREAD_UNCHANGED)
     if image.size == 0 or (image.dtype.kind == "f" and not np.isfinite(image).all()):
         raise UnreadableImage(f"{path} has {'values that are not finite' if image.size else 'no pixels'}")
     if image.ndim == 2:
@@ -147,6 +142,22 @@ def read_image(path: str | Path, channels: int = 3) -> np.ndarray:
     return image
 
 
+def content(path: Path) -> bytes:
+    """The bytes of an image file.
+
+    Raises:
+        UnreadableImage: it is missing.
+        InputError: its suffix is none of an image.
+    """
+    if path.suffix.lower() not in IMAGE_SUFFIXES:
+        known = ", ".join(IMAGE_SUFFIXES)
+        raise InputError(f"{path}: images of type '{path.suffix.lower()}' are not read; use one of {known}")
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UnreadableImage(f"{path} cannot be read: {error.strerror}") from error
+
+
 def _imdecode(data: bytes, flags: int) -> np.ndarray | None:
     """What OpenCV decodes; None for damaged data, and for the sizes beyond its limits that damaged headers give."""
     try:
@@ -155,8 +166,12 @@ def _imdecode(data: bytes, flags: int) -> np.ndarray | None:
         return None
 
 
-def _decode(path: Path, data: bytes, flags: int) -> np.ndarray:
-    """(H, W) or (H, W, C) in RGB or RGBA order."""
+def decode(path: Path, data: bytes, flags: int) -> np.ndarray:
+    """The pixels of a picture, (H, W) or (H, W, C) in RGB or RGBA order.
+
+    Raises:
+        UnreadableImage: the data are damaged.
+    """
     image = _imdecode(data, flags)
     if image is None:
         raise UnreadableImage(f"{path} is damaged or not an image")
@@ -165,14 +180,20 @@ def _decode(path: Path, data: bytes, flags: int) -> np.ndarray:
     return image
 
 
-def _read_array(path: Path) -> np.ndarray:
+def read_array(path: Path, mmap_mode: str | None = None) -> np.ndarray:
+    """An npy of shape (height, width) or (height, width, bands); with `mmap_mode` it stays on disk.
+
+    Raises:
+        UnreadableImage: it is damaged.
+        InputError: it is something else.
+    """
     try:
-        image = np.load(path, allow_pickle=False)
+        image = np.load(path, mmap_mode, allow_pickle=False)
     except Exception as error:  # a damaged header can fail in any way
         raise UnreadableImage(f"{path} is damaged or not an array of numbers") from error
     if image.ndim not in (2, 3) or image.dtype.kind not in "buif":
         raise InputError(f"{path} holds {image.dtype} {image.shape}; an image is numbers (height, width, bands)")
-    return image if image.dtype in RESIZABLE else image.astype(np.float32)
+    return image
 
 
 def _read_raster(path: Path, data: bytes) -> np.ndarray:

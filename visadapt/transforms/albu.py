@@ -3,6 +3,9 @@
 albumentations only warns about an argument it does not know, clips float images to [0, 1] in its pixel transforms, and
 gives every transform of a pipeline the same stream when seeded by `set_random_seed` (two flips of p=0.5 then always
 come together). Here the first two are errors, and all transforms draw from one shared stream.
+
+A mask beside the image goes through the same draw. Some transforms fill it with 0, which is a class, and not all of
+them let one choose; so labels are moved up by one on their way in, which makes 0 stand for ignored pixels.
 """
 
 from __future__ import annotations
@@ -15,10 +18,15 @@ from collections.abc import Iterator
 from typing import Any
 
 import albumentations as A
+import cv2
 import numpy as np
 
 from ..errors import InputError, hint
 from ..registry import TRANSFORMS, unknown_arguments
+from .crops import BalancedCrop
+
+IGNORED = 255
+"""The label of mask pixels that count for nothing."""
 
 GROUPS = {"OneOf": A.OneOf, "RandomOrder": A.RandomOrder, "Sequential": A.Sequential, "SomeOf": A.SomeOf}
 # The model normalises on the device with the backbone's own statistics; doing it here as well would do it twice.
@@ -29,10 +37,12 @@ REFUSED = {
     "Lambda": "a function cannot be stored with the model; use a transform class",
     **dict.fromkeys(
         ("AtLeastOneBBoxRandomCrop", "BBoxSafeRandomCrop", "RandomSizedBBoxSafeCrop", "CropNonEmptyMaskIfExists"),
-        "it needs boxes or masks; use RandomResizedCrop",
+        "it needs boxes or masks; use RandomResizedCrop, or BalancedCrop for masks",
     ),
     "ConstrainedCoarseDropout": "it needs boxes or masks; use CoarseDropout",
 }
+# Arguments about masks. What a mask holds are names and no quantities: nothing lies between two of them.
+MASK_FILLS, NEAREST = ("fill_mask", "mask_drop_value"), (cv2.INTER_NEAREST, cv2.INTER_NEAREST_EXACT)
 # At p=1 the outcome depends on the image alone, unless a size or a position is drawn.
 DETERMINISTIC = {"CenterCrop", "Crop", "LongestMaxSize", "Pad", "PadIfNeeded", "Resize", "SmallestMaxSize", "ToGray"}
 
@@ -40,9 +50,8 @@ DETERMINISTIC = {"CenterCrop", "Crop", "LongestMaxSize", "Pad", "PadIfNeeded", "
 def _leaf_classes() -> dict[str, type]:
     abstract = {A.BasicTransform, A.DualTransform, A.ImageOnlyTransform, A.Transform3D}
     named = {n: c for n, c in vars(A).items() if inspect.isclass(c) and issubclass(c, A.BasicTransform)}
-    return {
-        n: c for n, c in named.items() if c not in abstract and not issubclass(c, A.Transform3D) and n not in REFUSED
-    }
+    leaves = {n: c for n, c in named.items() if not issubclass(c, A.Transform3D) and n not in REFUSED}
+    return {n: c for n, c in leaves.items() if c not in abstract} | {"BalancedCrop": BalancedCrop}
 
 
 LEAVES = _leaf_classes()
@@ -50,11 +59,12 @@ LEAVES = _leaf_classes()
 
 @TRANSFORMS.register_module()
 class Albu:
-    """Runs a list of albumentations transforms on one image.
+    """Runs a list of albumentations transforms on one image, and on its mask if it has one.
 
     Args:
         transforms: entries such as `dict(type='Resize', height=224, width=224)`; `type` is the name of a class of
-            albumentations 2.0.8. OneOf, SomeOf, Sequential and RandomOrder hold a nested list `transforms`.
+            albumentations 2.0.8, or BalancedCrop. OneOf, SomeOf, Sequential and RandomOrder hold a nested list
+            `transforms`.
         channels: bands of the images; every pixel transform is tried on such an image when the pipeline is built.
 
     Raises:
@@ -66,6 +76,7 @@ class Albu:
         self._json = _plain(transforms)
         self.channels = channels
         self.compose = A.Compose([_build(entry, f"transform[{i}]") for i, entry in enumerate(self._json)])
+        self.names = [name for name, _ in _leaves(self.compose)]
         self._pixel = [(n, t) for n, t in _leaves(self.compose) if isinstance(t, A.ImageOnlyTransform)]
         for name, leaf in self._pixel:
             _try(name, leaf, channels)
@@ -79,18 +90,23 @@ class Albu:
         """The entries as JSON values; `Albu(a.to_json())` equals `a`."""
         return json.loads(json.dumps(self._json))
 
-    def __call__(self, image: np.ndarray, seed: int) -> np.ndarray:
-        """Transform one image.
+    def __call__(
+        self, image: np.ndarray, seed: int, mask: np.ndarray | None = None
+    ) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
+        """Transform one image, and its mask in the same way.
 
         Args:
             image: (H, W, C), uint8 or float.
             seed: decides every random choice.
+            mask: (H, W) uint8, class indices and 255 for ignored pixels. Its pixels are moved, never mixed, and what is
+                filled in is 255.
 
         Returns:
-            (H', W', C) of the same type.
+            (H', W', C) of the same type; with a mask, a pair of it and the mask (H', W').
 
         Raises:
-            InputError: the image has another number of bands, or a transform cannot work on it.
+            InputError: the image has another number of bands or the mask another size, or a transform cannot work on
+                them.
         """
         if image.ndim != 3 or image.shape[2] != self.channels:
             raise InputError(
@@ -101,13 +117,27 @@ class Albu:
                 f"transform {self._pixel[0][0]} works on 8-bit images only: albumentations would clip these "
                 f"{image.dtype} values to [0, 1]; use geometric transforms, or convert the images"
             )
+        targets = {"image": np.ascontiguousarray(image)}
+        if mask is not None:
+            self._check_mask(image, mask)
+            targets["mask"] = mask + np.uint8(1)  # 255 becomes 0
         self.compose.set_random_state(np.random.default_rng(seed), random.Random(seed))
         try:
-            return self.compose(image=np.ascontiguousarray(image))["image"]
+            out = self.compose(**targets)
         except Exception as error:  # albumentations derives some of its errors from Exception itself
             raise InputError(
                 f"transforms fail on an image of {image.shape} (H, W, bands): {_one_line(error)}"
             ) from error
+        return out["image"] if mask is None else (out["image"], out["mask"] - np.uint8(1))
+
+    def _check_mask(self, image: np.ndarray, mask: np.ndarray) -> None:
+        if mask.shape != image.shape[:2] or mask.dtype != np.uint8:
+            raise InputError(
+                f"a mask is uint8 and of its image's size: this one is {mask.dtype} {mask.shape}, the image is "
+                f"{image.shape[:2]} (H, W)"
+            )
+        if "Morphological" in self.names:
+            raise InputError("transform Morphological would grow the classes of a mask by their index; leave it out")
 
 
 def _plain(transforms: Any) -> list[dict[str, Any]]:
@@ -138,17 +168,29 @@ def _build(entry: Any, where: str) -> Any:
         if not isinstance(nested, list) or not nested:
             raise InputError(f"{where}: {name} needs transforms=[dict(type=...), ...]")
         kwargs["transforms"] = [_build(e, f"{where}.transforms[{i}]") for i, e in enumerate(nested)]
+    kwargs = _about_masks(kwargs, f"{where}: {name}")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             transform = cls(**kwargs)
     except (ValueError, TypeError, UserWarning) as error:
         raise InputError(f"{where}: {name}: {_one_line(error)}") from error
-    if getattr(transform, "targets_as_params", None):
+    if set(getattr(transform, "targets_as_params", ())) - ({"mask"} if name == "BalancedCrop" else set()):
         raise InputError(
             f"{where}: {name} needs {', '.join(transform.targets_as_params)} beside the image; leave it out"
         )
     return transform
+
+
+def _about_masks(kwargs: dict[str, Any], where: str) -> dict[str, Any]:
+    """Arguments of a transform, with its fill of masks turned into what stands for ignored pixels inside of `Albu`."""
+    for name in (n for n in MASK_FILLS if kwargs.get(n) is not None):
+        if kwargs[name] != IGNORED:
+            raise InputError(f"{where}: {name} must be {IGNORED}, which is ignored, got {kwargs[name]!r}")
+        kwargs = {**kwargs, name: 0}
+    if kwargs.get("mask_interpolation", cv2.INTER_NEAREST) not in NEAREST:
+        raise InputError(f"{where}: mask_interpolation would mix labels; leave it out, masks take the nearest label")
+    return kwargs
 
 
 def _one_line(error: Exception) -> str:

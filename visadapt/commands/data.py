@@ -1,0 +1,93 @@
+"""`visadapt data check config.py`: read every sample and say what is in the data, and what is wrong with them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import Any
+
+from ..errors import InputError, refusals
+from ._output import print_table
+
+SHOWN = 5
+"""Examples of a problem that are named."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("what", choices=["check"], help="what to do with the data of a config")
+    parser.add_argument("config", help="a config file")
+    parser.add_argument("overrides", nargs="*", default=[], help="a.b.c=value, for keys that the config has")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def run(args: argparse.Namespace) -> int:
+    from mmengine.runner import Runner
+
+    from .. import config
+    from ..datasets.inspect import inspect, twice
+
+    cfg = config.load(args.config, args.overrides)
+    findings, datasets = {}, {}
+    for part in ("train", "val", "test"):
+        if cfg.get(f"{part}_dataloader") is not None:
+            with refusals(f"{part}_dataloader"):
+                datasets[part] = Runner.build_dataloader(cfg[f"{part}_dataloader"], seed=0).dataset
+            findings[part] = inspect(datasets[part], progress=sys.stderr.isatty())
+    doubles = [*twice(findings)]
+    told = {part: summary(found, datasets[part]) for part, found in findings.items()}
+    if args.json:
+        print(json.dumps({**told, "equal_files": doubles}, indent=1))
+    else:
+        for part, found in told.items():
+            show(part, found)
+        for split, path, other, path2 in doubles[:SHOWN]:
+            print(f"equal files: {path} ({split}) and {path2} ({other})")
+    refuse(findings, doubles)
+    return 0
+
+
+def summary(found: Any, dataset: Any) -> dict[str, Any]:
+    """Findings as JSON values."""
+    total = max(int(found.counts.sum()), 1)
+    names = [*dataset.classes, "(ignored)"]
+    rows = [{"class": n, found.unit: c, "share": round(c / total, 4)} for n, c in zip(names, found.counts.tolist())]
+    return {
+        "samples": found.samples,
+        "sizes": {f"{h}x{w}": n for (h, w), n in found.sizes.most_common()},
+        "classes": rows if rows[-1][found.unit] else rows[:-1],
+        "bands": found.bands.rows(getattr(dataset, "bands", None)),
+        "unreadable": found.unreadable,
+        "wrong": found.wrong,
+    }
+
+
+def show(part: str, found: dict[str, Any]) -> None:
+    """A summary for a person."""
+    sizes = ", ".join(f"{size} ({n})" for size, n in list(found["sizes"].items())[:SHOWN])
+    more = f", … ({len(found['sizes'])} sizes)" if len(found["sizes"]) > SHOWN else ""
+    print(f"{part}: {found['samples']:,} samples; height x width: {sizes}{more}\n")
+    for rows in (found["classes"], found["bands"]):
+        if rows:
+            shown = [{k: f"{v:,}" if isinstance(v, int) else v for k, v in row.items()} for row in rows]
+            print_table(shown, [*rows[0]])
+            print()
+    for problem in ("unreadable", "wrong"):
+        for line in found[problem][:SHOWN]:
+            print(f"{problem}: {line}")
+
+
+def refuse(findings: dict[str, Any], doubles: list[tuple[str, str, str, str]]) -> None:
+    """Raise where something is wrong; equal files within one split are told above and are no error."""
+    shared = sum(split != other for split, _, other, _ in doubles)
+    empty = [
+        f"{part} has no labelled {found.unit}" for part, found in findings.items() if not int(found.counts[:-1].sum())
+    ]
+    counts = {
+        "unreadable samples": sum(len(f.unreadable) for f in findings.values()),
+        "samples with wrong labels or sizes": sum(len(f.wrong) for f in findings.values()),
+        "images that are in two splits": shared,
+    }
+    problems = [f"{n} {what}" for what, n in counts.items() if n] + empty
+    if problems:
+        raise InputError(f"the data have problems: {', '.join(problems)}; examples stand above, all with --json")

@@ -1,0 +1,124 @@
+"""What a data set holds: sizes, band statistics, labels, files that cannot be read, and images that occur twice."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ..errors import InputError
+from ..transforms.albu import IGNORED
+from .base import ImageDataset
+from .files import UnreadableImage
+
+
+@dataclass
+class Bands:
+    """Running minimum, maximum, mean and standard deviation per band, over all pixels."""
+
+    count: int = 0
+    low: Tensor | None = None
+    high: Tensor | None = None
+    total: Tensor | None = None
+    squares: Tensor | None = None
+
+    def add(self, image: Tensor) -> None:
+        """Take in an image (C, H, W)."""
+        pixels = image.flatten(1).double()
+        found = pixels.amin(1), pixels.amax(1), pixels.sum(1), pixels.square().sum(1)
+        if self.low is not None:
+            low, high, total, squares = found
+            found = self.low.minimum(low), self.high.maximum(high), self.total + total, self.squares + squares
+        self.low, self.high, self.total, self.squares = found
+        self.count += pixels.shape[1]
+
+    def rows(self, names: Any) -> list[dict[str, Any]]:
+        """One row per band; `names` may be None."""
+        if self.low is None:
+            return []
+        mean = self.total / self.count
+        std = (self.squares / self.count - mean.square()).clamp(min=0).sqrt()
+        columns = zip(*(v.tolist() for v in (self.low, self.high, mean, std)))
+        named = names or [str(i) for i in range(len(mean))]
+        return [
+            {"band": n, **dict(zip(("min", "max", "mean", "std"), (round(v, 3) for v in row)))}
+            for n, row in zip(named, columns)
+        ]
+
+
+@dataclass
+class Findings:
+    """What was found in one data set.
+
+    Attributes:
+        samples: how many it has.
+        sizes: how often each (height, width) occurs.
+        bands: statistics.
+        counts: of images or pixels per class; the last one is of ignored pixels.
+        unit: "images" or "pixels".
+        unreadable: files that are missing or damaged, with the reason.
+        wrong: labels or sizes that do not fit, in words.
+        files: paths of the images by the checksum of their content.
+    """
+
+    samples: int
+    sizes: Counter = field(default_factory=Counter)
+    bands: Bands = field(default_factory=Bands)
+    counts: Tensor | None = None
+    unit: str = "images"
+    unreadable: list[str] = field(default_factory=list)
+    wrong: list[str] = field(default_factory=list)
+    files: dict[str, list[str]] = field(default_factory=dict)
+
+
+def inspect(dataset: ImageDataset, progress: bool = False) -> Findings:
+    """Read every sample of a data set once, without its transforms.
+
+    Args:
+        dataset: it is changed: transforms are taken off.
+        progress: show a bar.
+    """
+    dataset.transform, dataset.strict = None, True
+    found = Findings(len(dataset))
+    classes = len(dataset.classes)
+    found.counts = torch.zeros(classes + 1, dtype=torch.int64)
+    for index in tqdm(range(len(dataset)), unit="sample", disable=not progress, leave=False):
+        try:
+            sample = dataset[index]
+        except UnreadableImage as error:
+            found.unreadable.append(str(error))
+            continue
+        except InputError as error:
+            found.wrong.append(str(error))
+            continue
+        found.sizes[tuple(sample["inputs"].shape[1:])] += 1
+        found.bands.add(sample["inputs"])
+        if "mask" in sample:
+            found.unit, mask = "pixels", sample["mask"]
+            found.counts += torch.bincount(mask.where(mask != IGNORED, classes).flatten(), minlength=classes + 1)
+        elif isinstance(sample["label"], int):
+            found.counts[sample["label"]] += 1
+        else:  # several labels per image
+            found.counts[:classes] += torch.as_tensor(sample["label"]).long()
+    for path in dict.fromkeys(dataset.paths):  # windows of one image share its file
+        if Path(path).is_file():
+            found.files.setdefault(hashlib.sha256(Path(path).read_bytes()).hexdigest(), []).append(path)
+    return found
+
+
+def twice(findings: Mapping[str, Findings]) -> Iterator[tuple[str, str, str, str]]:
+    """Images whose files are equal byte by byte, as (split, path, other split, other path)."""
+    places = [(sum_, split, path) for split, f in findings.items() for sum_, paths in f.files.items() for path in paths]
+    first: dict[str, tuple[str, str]] = {}
+    for checksum, split, path in places:
+        if checksum not in first:
+            first[checksum] = split, path
+        elif first[checksum] != (split, path):
+            yield *first[checksum], split, path
