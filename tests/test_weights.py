@@ -8,8 +8,10 @@ import zipfile
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
 
+from visadapt.backbones.timm_vit import TimmViT
 from visadapt.backbones.weights import FOCUS, is_local, load_weights
 from visadapt.convert import convert
 from visadapt.errors import InputError
@@ -397,3 +399,22 @@ def test_registers_are_refused_by_a_model_without(tmp_path):
 def test_what_is_local():
     assert all(map(is_local, (FOCUS, "a.pth", "b.pt", "c.safetensors", "weights/d", "./e.h5")))
     assert not any(map(is_local, ("timm", "timm:lvd142m", "timm:vit_small_patch14_dinov2.lvd142m", "dinov2_vits14")))
+
+
+def test_patches_are_resampled_where_their_size_is_asked_for(tmp_path):
+    """As published heads for patches of 16 pixels expect: plain bicubic, for positions too, and the class stays."""
+    arch = dict(depth=1, embed_dim=16, num_heads=2)
+    given = TimmViT("vit_small_patch14_dinov2", arch=arch).body.state_dict()
+    save_file(given, tmp_path / "a.safetensors")
+    file = str(tmp_path / "a.safetensors")
+    model = TimmViT("vit_small_patch14_dinov2", file, arch={**arch, "patch_size": 16, "img_size": 256})
+    assert model.weight_report.patch == (14, 16) and "patches resampled from 14 to 16" in str(model.weight_report)
+    found = model.body.state_dict()
+    wanted = F.interpolate(given["patch_embed.proj.weight"], (16, 16), mode="bicubic", align_corners=False)
+    assert torch.equal(found["patch_embed.proj.weight"], wanted)
+    table = given["pos_embed"][:, 1:].mT.unflatten(2, (37, 37))
+    small = F.interpolate(table, (16, 16), mode="bicubic", align_corners=False).flatten(2).mT
+    assert torch.equal(found["pos_embed"][:, :1], given["pos_embed"][:, :1])
+    assert torch.allclose(found["pos_embed"][:, 1:], small, atol=1e-6)
+    with pytest.raises(InputError, match="another architecture"):
+        TimmViT("vit_small_patch16_224", file, arch={**arch, "init_values": 1.0, "img_size": 592})

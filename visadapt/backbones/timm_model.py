@@ -71,7 +71,7 @@ class TimmModel(Backbone):
         local = weights is None or is_local(weights)
         self.body = self._create(in_chans if local else 3)
         if weights is not None and local:
-            self.weight_report = load_weights(self.body, weights, bands)
+            self.weight_report = load_weights(self.body, weights, bands, "patch_size" in self.arch)
         elif in_chans != 3 and not local:
             self._widen()
         levels = self.levels()

@@ -35,7 +35,8 @@ class TimmViT(TimmModel):
             are the blocks' outputs, before the final norm.
         mean: per band on the 0..255 scale; the model's own, repeated over the bands, where None.
         std: likewise.
-        arch: constructor arguments of timm that change the architecture, e.g. dict(depth=2, embed_dim=48).
+        arch: constructor arguments of timm that change the architecture, e.g. dict(depth=2, embed_dim=48). With a
+            `patch_size` the patch embedding of a weights file is resampled to it, where it has another.
     """
 
     sources = ("vision_transformer", "deit", "eva")

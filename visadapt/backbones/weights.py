@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 from timm.layers import resample_abs_pos_embed
 from torch import nn
+from torch.nn.functional import interpolate
 
 from ..convert import convert
 from ..convert.focus_onnx import focus_path, read_focus
@@ -42,6 +43,7 @@ class WeightReport:
         missing: names of the model's classifier, or of the norm before it, that the file lacks; they keep their values.
         positions: (rows, columns) of the position embedding in the file and in the model, None where it fitted.
         bands: how the first convolution was widened, None where it fitted.
+        patch: side of the patches in the file and in the model, None where it fitted.
     """
 
     source: str
@@ -51,11 +53,14 @@ class WeightReport:
     missing: tuple[str, ...]
     positions: tuple[tuple[int, int], tuple[int, int]] | None
     bands: str | None
+    patch: tuple[int, int] | None = None
 
     def __str__(self) -> str:
         parts = [f"{self.loaded} tensors from {self.source} (layout {self.layout})"]
         if self.positions:
             parts.append("positions resampled from {}x{} to {}x{}".format(*self.positions[0], *self.positions[1]))
+        if self.patch:
+            parts.append("patches resampled from {} to {} pixels".format(*self.patch))
         if self.bands:
             parts.append(f"first convolution widened by '{self.bands}'")
         if self.dropped:
@@ -71,13 +76,14 @@ def is_local(source: str) -> bool:
     return source == FOCUS or source.endswith(SUFFIXES) or any(s in source for s in separators)
 
 
-def load_weights(model: nn.Module, source: str, bands: str = "repeat") -> WeightReport:
+def load_weights(model: nn.Module, source: str, bands: str = "repeat", resize_patch: bool = False) -> WeightReport:
     """Fill a model of timm; it is left as it was where this fails.
 
     Args:
         model: the network; its classifier is filled where the file has one of the same size.
         source: a .safetensors, .pth or .pt file in a layout of `visadapt.convert`, or "dinov2_vits14_focus".
         bands: mode of `expand_patch_embed`, for a model of other bands than the RGB of the file.
+        resize_patch: resample the patch embedding where the file has patches of another size.
 
     Raises:
         InputError: the file is missing, damaged, holds code, has an unknown layout, or does not fit the model.
@@ -87,13 +93,16 @@ def load_weights(model: nn.Module, source: str, bands: str = "repeat") -> Weight
         wanted, state = model.state_dict(), dict(converted.state)
         dropped = [*converted.dropped, *_drop_head(state, wanted)]
         missing = _check_names(state, wanted)
-        positions = _fit_positions(state, model)
-        widened = _fit_bands(state, wanted, f"{first_conv(model)}.weight", bands)
+        first = f"{first_conv(model)}.weight"
+        patch = _fit_patch(state, wanted, first) if resize_patch else None
+        positions = _fit_positions(state, model, antialias=patch is None)
+        widened = _fit_bands(state, wanted, first, bands)
         _check_shapes(state, wanted)
     except InputError as error:
         raise InputError(f"weights '{source}': {error}") from error
     model.load_state_dict(state, strict=False)  # names and shapes are known to fit
-    return WeightReport(source, converted.layout, len(state), tuple(dropped), tuple(missing), positions, widened)
+    left_out, not_there = tuple(dropped), tuple(missing)
+    return WeightReport(source, converted.layout, len(state), left_out, not_there, positions, widened, patch)
 
 
 def read_file(source: str) -> Any:
@@ -164,7 +173,20 @@ def _check_shapes(state: State, wanted: State) -> None:
         raise InputError(f"it holds values that are not finite in {listed(broken)}; fetch it again")
 
 
-def _fit_positions(state: State, model: nn.Module) -> tuple[tuple[int, int], tuple[int, int]] | None:
+def _fit_patch(state: State, wanted: State, key: str) -> tuple[int, int] | None:
+    """Resample the patch embedding to patches of another size; gives both sizes if it was.
+
+    By plain bicubic interpolation, and the positions likewise: the published heads of Rein, Cloud-Adapter and
+    Earth-Adapter were trained on a DINOv2 that was brought from patches of 14 to 16 pixels in this way.
+    """
+    have, need = state[key].shape[-2:], wanted[key].shape[-2:]
+    if state[key].ndim != 4 or have == need or key != "patch_embed.proj.weight":
+        return None
+    state[key] = interpolate(state[key].float(), tuple(need), mode="bicubic", align_corners=False)
+    return have[0], need[0]
+
+
+def _fit_positions(state: State, model: nn.Module, antialias: bool) -> tuple[tuple[int, int], tuple[int, int]] | None:
     """Resample the position embedding to the model's grid; gives the grids if it was."""
     pos = state.get("pos_embed")
     if pos is None or pos.ndim != 3:
@@ -187,7 +209,7 @@ def _fit_positions(state: State, model: nn.Module) -> tuple[tuple[int, int], tup
             " img_size of the file"
         )
     state["pos_embed"] = resample_abs_pos_embed(
-        pos, new_size=list(grid), old_size=[side, side], num_prefix_tokens=prefix
+        pos, new_size=list(grid), old_size=[side, side], num_prefix_tokens=prefix, antialias=antialias
     )
     return (side, side), grid
 
