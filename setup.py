@@ -22,6 +22,7 @@ REQUIRED = [
     "scikit-learn",
     "numpy>=2",
     "matplotlib",
+    "pillow",
     "tqdm",
     "tensorboard",
     "packaging",
@@ -42,7 +43,7 @@ EXTRAS["demo"] = EXTRAS["weights"]
 EXTRAS["all"] = sorted({package for packages in EXTRAS.values() for package in packages})
 EXTRAS["dev"] = [
     *("pytest", "pytest-xdist", "hypothesis", "ruff", "pre-commit", "psutil"),
-    *(package for extra in ("weights", "peft", "clip") for package in EXTRAS[extra]),
+    *(package for extra in ("weights", "peft", "clip", "seg", "geo") for package in EXTRAS[extra]),
 ]
 
 setup(

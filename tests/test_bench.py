@@ -40,7 +40,7 @@ def test_speed_gives_all_figures(capsys, tmp_path):
     assert {k for k, v in rows["LoRA"].items() if v > 0} == {
         f"{k}_over_{o}" for k in ("step", "peak") for o in ("floor", "peft", "textbook")
     }
-    assert set(rows["AdaptFormer"]) == {"step_over_floor", "peak_over_floor"}  # nothing to compare it with
+    assert set(rows["AdaptFormer"]) == {"step_over_floor", "step_over_flops", "peak_over_floor"}  # nothing to compare it with
     assert set(rows["SNELLA"]) == {f"{k}_over_{o}" for k in ("step", "peak") for o in ("floor", "textbook")}
 
 
@@ -84,8 +84,8 @@ def test_zoo_rows_join_seeds_and_keep_settings_apart():
     results = [line | dict(seed=s, value=v) for s, v in ((0, 0.8), (1, 0.9))]
     results.append(line | dict(seed=0, value=0.5, overrides=["a=1"]))
     one, two = zoo_rows(results)
-    assert (one["top-1 %"], one["seeds"], one["file"]) == ("85.0 ± 7.1", "0 1", "2.00 MB")
-    assert two["top-1 %"] == "50.0" and "a=1" in two["command"] and two["method"] == "M (x)"
+    assert (one["%"], one["seeds"], one["file"]) == ("85.0 ± 7.1", "0 1", "2.00 MB")
+    assert two["%"] == "50.0" and "a=1" in two["command"] and two["method"] == "M (x)"
     assert one["epochs"] == "-"
     results[0] |= dict(config="configs/m/m_y_4e_task-1.py")
     assert zoo_rows(results[:1])[0]["epochs"] == "4"

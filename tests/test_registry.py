@@ -9,7 +9,7 @@ import pytest
 
 from visadapt import registry
 from visadapt.errors import InputError, hint
-from visadapt.registry import HEADS, Registry, unknown_arguments
+from visadapt.registry import ADAPTERS, HEADS, Registry, unknown_arguments
 
 SOURCE = '''
 """A package file that must not be imported for listing."""
@@ -81,7 +81,7 @@ def test_get_takes_names_paths_and_classes():
     ("name", "message"),
     [
         ("LinearHaed", r"unknown head 'LinearHaed' \(did you mean 'LinearHead'"),
-        ("Zzz", "unknown head 'Zzz'; it is one of: CosineHead, LinearHead, MLPHead"),
+        ("Zzz", "unknown head 'Zzz'; it is one of: ASPPHead, CosineHead, .*UPerHead"),
         ("visadapt.heads.linear.Nope", "head 'visadapt.heads.linear.Nope' cannot be imported: .*Nope"),
         ("no.such.module.Nope", "cannot be imported: No module named 'no'"),
     ],
@@ -89,6 +89,14 @@ def test_get_takes_names_paths_and_classes():
 def test_unknown_names(name, message):
     with pytest.raises(InputError, match=message):
         HEADS.get(name)
+
+
+def test_tuners_of_peft_are_named_by_how_they_are_written():
+    for name, tuner in (("DoRA", "DoRA"), ("vera", "VeRA")):
+        with pytest.raises(InputError, match=rf"; write dict\(type='PEFT', tuner='{tuner}'\)"):
+            ADAPTERS.get(name)
+    with pytest.raises(InputError, match="did you mean .*'LoRA'"):  # an adapter of its own comes first
+        ADAPTERS.get("LoRa")
 
 
 def test_build(things):

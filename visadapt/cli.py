@@ -26,6 +26,7 @@ COMMANDS = {
     "sites": "show where a backbone can be adapted",
     "info": "show what an adapter file holds",
     "check": "check a config: arguments, model, datasets",
+    "data": "check the data of a config: labels, bands, sizes, damaged and equal files",
     "doctor": "check the installation",
 }
 DONE, BUG, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 from .errors import InputError, hint
 from .files import atomic
 from .optim import allora, galore, lora_pro, sst  # noqa: F401  for their names beside those of torch
-from .registry import ADAPTERS, BACKBONES, DATASETS, HEADS, LOSSES, METRICS, TASKS, Registry, mistyped_arguments
+from .registry import ADAPTERS, BACKBONES, DATASETS, HEADS, LOSSES, METRICS, NECKS, TASKS, Registry, mistyped_arguments
 
 OWN_KEYS = {"model_wrapper_cfg", "find_unused_parameters", "cache_features"}
 """Top-level keys that are no arguments of mmengine's Runner."""
@@ -48,9 +48,11 @@ REGISTRIES = {
     "model": TASKS,
     "model*.backbone": BACKBONES,
     "model*.adapters.*": ADAPTERS,
+    "model*.neck": NECKS,
     "model*.head": HEADS,
     "model*.loss": LOSSES,
     "*_dataloader*.dataset": DATASETS,
+    "*_dataloader*.parts.[0-9]": DATASETS,
     "*_dataloader.sampler": engine.DATA_SAMPLERS,
     "*_dataloader.batch_sampler": engine.DATA_SAMPLERS,
     "*_dataloader.collate_fn": engine.FUNCTIONS,

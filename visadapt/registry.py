@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
+import pkgutil
 import types
 import typing
 from collections.abc import Mapping
@@ -137,7 +138,21 @@ class Registry:
                 return getattr(importlib.import_module(module), attribute)
             except (ImportError, AttributeError) as error:
                 raise InputError(f"{self.noun} '{name}' cannot be imported: {error}") from error
-        raise InputError(f"unknown {self.noun} '{name}'{hint(name, self.names())}")
+        raise InputError(f"unknown {self.noun} '{name}'{self._elsewhere(name) or hint(name, self.names())}")
+
+    def _elsewhere(self, name: str) -> str:
+        """How to ask for what is no entry but a value of an entry's argument, whatever its case; else "".
+
+        An entry may say which argument that is, and where the table of its values stands: `stands_for = ("argument",
+        "module:TABLE")`.
+        """
+        for entry in self.entries():
+            argument, table = entry.attributes.get("stands_for", ("", ""))
+            values = pkgutil.resolve_name(table) if table else ()
+            for value in set(values) - set(self.names()):
+                if value.lower() == name.lower():
+                    return f"; write dict(type='{entry.name}', {argument}='{value}')"
+        return ""
 
     def check(self, found: Any) -> Any:
         """A class as it is, unless it belongs to another registry.
@@ -241,10 +256,11 @@ def arguments_of(built: Any, leave_out: tuple[str, ...] = ()) -> dict[str, Any]:
 
 ADAPTERS = Registry("ADAPTERS", "adapter", "adapters")
 BACKBONES = Registry("BACKBONES", "backbone", "backbones")
+NECKS = Registry("NECKS", "neck", "necks")
 HEADS = Registry("HEADS", "head", "heads")
 TASKS = Registry("TASKS", "task", "tasks")
 LOSSES = Registry("LOSSES", "loss", "losses")
 DATASETS = Registry("DATASETS", "dataset", "datasets")
 TRANSFORMS = Registry("TRANSFORMS", "transform", "transforms")
 METRICS = Registry("METRICS", "metric", "metrics")
-ALL = (ADAPTERS, BACKBONES, HEADS, TASKS, LOSSES, DATASETS, TRANSFORMS, METRICS)
+ALL = (ADAPTERS, BACKBONES, NECKS, HEADS, TASKS, LOSSES, DATASETS, TRANSFORMS, METRICS)

@@ -11,14 +11,11 @@ from torch.utils.data import DataLoader
 
 from .checkpoint import unwrap
 from .core.io import load_adapter, read_manifest
-from .datasets.base import collate
 from .files import atomic
+from .run_pictures import write_pictures
+from .tasks.segment import Segmenter
 from .visualization.confusion import plot_confusion
 from .visualization.curves import plot_curves
-from .visualization.sheet import prediction_sheet
-
-SHOWN = 40
-"""Samples on the sheet of predictions."""
 
 
 def write_report(runner: Any) -> list[Path]:
@@ -53,25 +50,13 @@ def evaluate(task: Any, loader: DataLoader, evaluator: Any) -> dict[str, float]:
 
 
 def evaluation_files(task: Any, metric: Any, dataset: Any, folder: Path) -> list[Path]:
-    """report.json and confusion.png of the metric's last evaluation, and predictions.png of evenly spaced samples."""
-    report, confusion, sheet = folder / "report.json", folder / "confusion.png", folder / "predictions.png"
+    """report.json and confusion.png of the metric's last evaluation, and pictures of some predictions."""
+    report, confusion = folder / "report.json", folder / "confusion.png"
     with atomic(report) as temporary:
         temporary.write_text(json.dumps(metric.report, indent=1))
-    plot_confusion(metric.report["confusion"], dataset.classes, confusion)
-    spaced = sorted({round(i * (len(dataset) - 1) / (SHOWN - 1)) for i in range(SHOWN)})
-    samples = [s for s in (dataset[i] for i in spaced) if s["valid"]]
-    outputs = predict_samples(task, samples)
-    names = dataset.classes
-    correct = [int(o["scores"].argmax()) == o["label"] for o in outputs]
-    titles = [f"{names[o['scores'].argmax()]} {o['scores'].max():.0%}" for o in outputs]
-    titles = [t if right else f"{t}\ntrue: {names[o['label']]}" for t, o, right in zip(titles, outputs, correct)]
-    prediction_sheet([dataset.load(s["index"]) for s in samples], titles, correct, sheet)
-    return [report, confusion, sheet]
-
-
-@torch.no_grad()
-def predict_samples(task: Any, samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Predictions for some samples, in eval mode."""
-    task.eval()
-    data = task.data_preprocessor(collate(samples))
-    return [{**o, "scores": o["scores"].cpu()} for o in task(**data, mode="predict")]
+    written = [report]
+    if "confusion" in metric.report:  # there is none where an image may have several classes
+        unit = "pixels" if isinstance(task, Segmenter) else "images"
+        plot_confusion(metric.report["confusion"], dataset.classes, confusion, unit)
+        written.append(confusion)
+    return [*written, *write_pictures(task, metric, dataset, folder)]

@@ -21,6 +21,7 @@ from ..core.sites import LINEARS
 from ..environment import version
 from ..errors import InputError
 from ..registry import ADAPTERS
+from .flops import flops
 from .setup import Setup
 from .timing import interleaved, ratio
 
@@ -189,13 +190,17 @@ def _status(key: str) -> int:
 
 
 def step_ratios(setup: Setup, name: str) -> dict[str, float]:
-    """Step time over the floor and over the references that exist."""
+    """Step time over the floor, over the floor with the method's own operations at the floor's rate, and over the
+    references that exist.
+    """
     images, candidates = setup.images(setup.batch), {}
     for how in ("floor", "ours", "peft", "textbook"):
         if (measured := model(setup, name, how)) is not None:
             candidates[how] = stepper(measured, images)
     times = interleaved(candidates, setup.rounds, setup.device)
-    found = {"step_over_floor": ratio(times, "ours", "floor")}
+    over_floor = ratio(times, "ours", "floor")
+    own = flops(candidates["ours"]) / flops(candidates["floor"])
+    found = {"step_over_floor": over_floor, "step_over_flops": over_floor / own}
     return found | {f"step_over_{how}": ratio(times, "ours", how) for how in ("peft", "textbook") if how in times}
 
 

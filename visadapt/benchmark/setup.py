@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..backbones.timm_vit import TimmViT
 from ..errors import InputError
-from ..predict.image import available
+from ..predict.from_file import available
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from ._arguments import positive
 
 OVER = ("floor", "peft", "textbook")
 COLUMNS = {f"{kind} {over}": f"{kind}_over_{over}" for kind in ("step", "peak") for over in OVER}
+COLUMNS["step flops"] = "step_over_flops"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,4 +1,4 @@
-"""`visadapt predict adapter.safetensors images`: JSON lines and overlay pictures."""
+"""`visadapt predict adapter.safetensors images`: JSON lines and overlay pictures, or class maps."""
 
 from __future__ import annotations
 
@@ -11,14 +11,25 @@ from pathlib import Path
 
 from ..errors import InputError
 from ._arguments import positive
+from ._masks import predict_masks
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("adapter", help="adapter file of a training run")
     parser.add_argument("images", nargs="+", help="files, folders or globs")
-    parser.add_argument("--out", default="predictions", help="folder for predictions.jsonl and the pictures")
+    parser.add_argument(
+        "--out", default="predictions", help="folder for predictions.jsonl and the pictures, or the .tif of one scene"
+    )
     parser.add_argument("--weights", help="base weights in place of those that the adapter file names")
-    parser.add_argument("--batch-size", type=positive, default=32)
+    parser.add_argument("--task", type=int, help="number of the images' task, for adapters of several tasks")
+    parser.add_argument("--batch-size", type=positive, help="images or tiles at once")
+    parser.add_argument("--tile", type=positive, help="scenes: side of a tile in pixels; by the memory where not given")
+    parser.add_argument(
+        "--overlap", type=float, default=0.25, help="scenes: share of a side that tiles have in common"
+    )
+    parser.add_argument(
+        "--memory", type=positive, metavar="MB", help="scenes: for all but the model; 1074 by default"
+    )
     parser.add_argument("--no-pictures", action="store_true", help="write the JSON lines only")
     parser.add_argument("--strict", action="store_true", help="stop at the first unreadable image")
     parser.add_argument("--device", help="cpu or cuda; what there is by default")
@@ -54,19 +65,25 @@ def run(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from ..files import atomic
+    from ..predict.from_file import manifest_of_task
     from ..predict.image import Predictor
+    from ..registry import TASKS
+    from ..tasks.segment import Segmenter
     from ..visualization.overlay import label_overlay
     from ..visualization.picture import save_picture
 
     paths = find_images(args.images)
-    predictor = Predictor(args.adapter, weights=args.weights, device=args.device)
+    if issubclass(TASKS.get(manifest_of_task(args.adapter)["task"]["type"]), Segmenter):
+        return predict_masks(args, paths, picture_names(paths))
+    predictor = Predictor(args.adapter, weights=args.weights, device=args.device, task=args.task)
     out = Path(args.out)
     results, names = out / "predictions.jsonl", picture_names(paths)
+    of_task = {} if args.task is None else {"task": args.task}
     bad = 0
     with atomic(results) as temporary, open(temporary, "w") as file:
-        answers = predictor.predict_files(paths, args.batch_size, args.strict)
+        answers = predictor.predict_files(paths, args.batch_size or 32, args.strict)
         for path, image, answer in tqdm(answers, total=len(paths), unit="image", disable=not sys.stderr.isatty()):
-            file.write(json.dumps({"path": str(path), **answer}) + "\n")
+            file.write(json.dumps({"path": str(path), **of_task, **answer}) + "\n")
             bad += "error" in answer
             if "error" not in answer and not args.no_pictures:
                 picture = label_overlay(image, [f"{answer['label']} {answer['score']:.0%}"])

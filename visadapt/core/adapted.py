@@ -291,6 +291,17 @@ class Adapted(nn.Module):
         enabled = [n for n in self.adapters if self.is_enabled(n)]
         return {f"loss_{n}_{k}": v for n in enabled for k, v in self.adapters[n].losses().items()}
 
+    def queries(self) -> Tensor | None:
+        """Object queries (n, d) of the enabled adapter that offers some to a head that predicts masks, or None.
+
+        Raises:
+            InputError: two adapters offer some.
+        """
+        offered = {n: q for n in self.adapters if self.is_enabled(n) and (q := self.adapters[n].queries()) is not None}
+        if len(offered) > 1:
+            raise InputError(f"adapters {list(offered)} all offer queries to the head; enable one of them")
+        return next(iter(offered.values()), None)
+
     def trainable_report(self, heads: dict[str, nn.Module] | None = None) -> TrainableReport:
         """What trains, by adapter and head, against the size of the base."""
         return trainable_report(self, heads or {})

@@ -125,6 +125,10 @@ class Adapter(nn.Module):
         """Regularisers, scalars by name, that are added to the task's loss."""
         return {}
 
+    def queries(self) -> Tensor | None:
+        """Object queries (n, d) that it offers to a head that predicts masks; None where it has none."""
+        return None
+
     def lr_mult(self, name: str) -> float:
         """Factor on the learning rate of the parameter `name` of this adapter."""
         return 1.0

@@ -103,7 +103,10 @@ def adapter_tensors(adapted: Adapted, name: str) -> dict[str, Tensor]:
 def _head_entry(head: nn.Module) -> dict[str, Any]:
     """Type and arguments of a head; None for the arguments where only its owner knows how to build it again."""
     registered = HEADS.owns(head)
-    return {"type": type(head).__name__, "arguments": arguments_of(head, ("in_dim",)) if registered else None}
+    return {
+        "type": type(head).__name__,
+        "arguments": arguments_of(head, ("in_dim", "in_channels")) if registered else None,
+    }
 
 
 def save_adapter(

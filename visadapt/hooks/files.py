@@ -19,9 +19,11 @@ from .steps import metric_value
 
 
 def dataset_card(dataset: Any) -> dict[str, Any]:
-    """Class names and evaluation transforms of a dataset, for adapter files."""
+    """Class names, bands, colours and evaluation transforms of a dataset, for adapter files."""
     transform = getattr(dataset, "transform", None)
+    known = {key: [*value] for key in ("bands", "palette") if (value := getattr(dataset, key, None)) is not None}
     return {
+        **known,
         "classes": list(getattr(dataset, "classes", ())),
         "transforms": [] if transform is None else transform.to_json(),
         "channels": getattr(dataset, "channels", 3),

@@ -4,50 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from mmengine.model import BaseDataPreprocessor, BaseModel
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..backbones.base import POOLS
-from ..core.adapted import Adapted
 from ..errors import InputError, hint
-from ..registry import ADAPTERS, BACKBONES, HEADS, LOSSES, TASKS, TRANSFORMS
-
-
-class Normalize(BaseDataPreprocessor):
-    """Move a batch to the device and normalise its images band by band.
-
-    Args:
-        mean: per band, on the scale of the images.
-        std: likewise.
-    """
-
-    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
-        super().__init__()
-        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
-
-    def forward(self, data: dict[str, Any], training: bool = False) -> dict[str, Any]:
-        data = dict(self.cast_data(data))
-        if "inputs" in data:
-            data["inputs"] = self.normalize(data["inputs"])
-        return data
-
-    def normalize(self, images: Tensor) -> Tensor:
-        """(B, C, H, W) of any number type to float32 with mean 0 and deviation 1 per band.
-
-        Raises:
-            InputError: another number of bands than there are statistics for.
-        """
-        if images.shape[1] != self.mean.shape[1]:
-            raise InputError(
-                f"images have {images.shape[1]} bands, the backbone takes {self.mean.shape[1]}; see in_chans"
-            )
-        return (images.float() - self.mean) / self.std
+from ..registry import HEADS, LOSSES, TASKS, TRANSFORMS
+from .base import AdaptedTask
 
 
 @TASKS.register_module()
-class ImageClassifier(BaseModel):
+class ImageClassifier(AdaptedTask):
     """One label per image: adapted backbone, pooled vector, head.
 
     Args:
@@ -75,23 +41,12 @@ class ImageClassifier(BaseModel):
     ) -> None:
         if pool not in POOLS:
             raise InputError(f"unknown pool '{pool}'{hint(pool, POOLS)}")
-        built = BACKBONES.build(backbone)
-        super().__init__(data_preprocessor=Normalize(built.mean, built.std))
-        self.adapted = Adapted(built, base_mode)
-        if checkpointing:
-            built.body.set_grad_checkpointing(True)
-        for name, cfg in (adapters or {}).items():
-            self.adapted.add(name, ADAPTERS.build(cfg))
+        super().__init__(backbone, adapters, base_mode, checkpointing)
         self.pool = pool
-        self.head = HEADS.build(head, in_dim=built.pooled_dim(pool))
+        self.head = HEADS.build(head, in_dim=self.adapted.backbone.pooled_dim(pool))
         self.criterion = LOSSES.build(loss or {"type": "CrossEntropy"})
         self.mix = None if mix is None else TRANSFORMS.build({"type": "BatchMix", **mix})
         self.adapted.set_trainable(*self.adapted.adapters, heads=[self.head])
-
-    @property
-    def heads(self) -> dict[str, nn.Module]:
-        """Heads by their names in an adapter file."""
-        return {"main": self.head}
 
     def card(self) -> dict[str, Any]:
         """What an adapter file must say to rebuild this task."""

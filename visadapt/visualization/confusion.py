@@ -11,7 +11,7 @@ from ..errors import InputError
 from .picture import save_figure
 
 
-def plot_confusion(matrix: Sequence[Sequence[int]], classes: Sequence[str], png: str | Path) -> None:
+def plot_confusion(matrix: Sequence[Sequence[int]], classes: Sequence[str], png: str | Path, unit: str = "images") -> None:
     """Draw a confusion matrix; colour is the share of the true class, numbers are counts.
 
     Up to 20 classes carry their counts in the cells; of many classes only every n-th is named.
@@ -20,6 +20,7 @@ def plot_confusion(matrix: Sequence[Sequence[int]], classes: Sequence[str], png:
         matrix: (K, K) counts, rows are the true classes.
         classes: K names.
         png: the picture.
+        unit: what was counted.
 
     Raises:
         InputError: the matrix does not belong to the classes.
@@ -44,7 +45,7 @@ def plot_confusion(matrix: Sequence[Sequence[int]], classes: Sequence[str], png:
     axes.set_xlabel("predicted")
     axes.set_ylabel("true")
     total = counts.sum()
-    axes.set_title(f"{total} images, {counts.trace() / max(total, 1):.1%} right", fontsize=10)
+    axes.set_title(f"{total:,} {unit}, {counts.trace() / max(total, 1):.1%} right", fontsize=10)
     if k <= 20:
         for i, j in zip(*counts.nonzero()):
             axes.text(

@@ -73,7 +73,7 @@ def fit(text: str, width: int, size: int) -> str:
 
 
 def save_picture(path: str | Path, image: np.ndarray) -> None:
-    """Write (H, W, 3) uint8 as PNG."""
+    """Write (H, W, 3) or (H, W) uint8 as PNG."""
     with atomic(path) as temporary:
         Image.fromarray(image).save(temporary, "PNG")
 

@@ -1,0 +1,193 @@
+"""Segmentation as users run it: data check, train, test, predict pictures and a scene; on rasters made here."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from visadapt.cli import main
+
+rasterio = pytest.importorskip("rasterio")
+
+CLASSES = ("dark", "bright")
+CONFIG = '''
+from mmengine.config import read_base
+from mmengine.optim import CosineAnnealingLR
+from torch.optim import AdamW
+from visadapt.adapters.lora import LoRA
+from visadapt.backbones.timm_vit import TimmViT
+from visadapt.datasets.masks import collate_masks
+from visadapt.datasets.raster import RasterSegDataset
+from visadapt.datasets.sampler import EpochSampler
+from visadapt.heads.segment import LinearSegHead
+from visadapt.hooks.files import AdapterFiles
+from visadapt.metrics.segment import SegmentationMetric
+from visadapt.optim.groups import TrainableGroups
+from visadapt.optim.wrapper import AutocastOptimWrapper
+from visadapt.tasks.segment import Segmenter
+
+{runtime}
+model = dict(
+    type=Segmenter,
+    backbone=dict(
+        type=TimmViT, name="vit_small_patch14_dinov2", in_chans=4, out_indices=[0, 1], weights="{weights}",
+        arch=dict(depth=2, embed_dim=32, num_heads=2, init_values=1.0, img_size=28),
+    ),
+    adapters=dict(main=dict(type=LoRA, rank=2, targets=["q", "v"])),
+    head=dict(type=LinearSegHead, num_classes=2),
+)
+train_dataloader = dict(
+    batch_size=4,
+    num_workers=0,
+    dataset=dict(
+        type=RasterSegDataset, image_dir="{data}/train", mask_dir="{data}/train_masks", classes={classes},
+        bands=["B02", "B03", "B04", "B08"], mask_suffix=".png", training=True,
+        transform=[dict(type="RandomCrop", height=28, width=28)],
+    ),
+    sampler=dict(type=EpochSampler, shuffle=True),
+    collate_fn=dict(type=collate_masks),
+)
+val_dataloader = dict(
+    batch_size=4,
+    num_workers=0,
+    dataset=dict(
+        type=RasterSegDataset, image_dir="{data}/val", mask_dir="{data}/val_masks", classes={classes},
+        bands=["B02", "B03", "B04", "B08"], mask_suffix=".png",
+    ),
+    sampler=dict(type=EpochSampler, shuffle=False, round_up=False),
+    collate_fn=dict(type=collate_masks),
+)
+val_evaluator = dict(type=SegmentationMetric)
+val_cfg = dict()
+train_cfg = dict(by_epoch=True, max_epochs=6)
+optim_wrapper = dict(
+    type=AutocastOptimWrapper, constructor=TrainableGroups, optimizer=dict(type=AdamW, lr=2e-2, weight_decay=0.0)
+)
+custom_hooks = [dict(type=AdapterFiles, monitor="miou")]
+'''
+
+
+def write_raster(path: Path, image: np.ndarray) -> None:
+    """(H, W, 4) uint16 with named bands in another order than the model's."""
+    order = {"B08": 3, "B02": 0, "B03": 1, "B04": 2}
+    size = dict(height=image.shape[0], width=image.shape[1], count=4, dtype="uint16")
+    where = dict(crs="EPSG:32631", transform=rasterio.transform.from_origin(5e5, 4e6, 10, 10))
+    with rasterio.open(path, "w", driver="GTiff", **size, **where) as raster:
+        for i, (name, band) in enumerate(order.items(), 1):
+            raster.write(image[..., band], i)
+            raster.set_band_description(i, name)
+
+
+def scene(height: int, width: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Squares of 14 pixels that are dark or bright in the last band alone, and which of both they are."""
+    random = np.random.default_rng(seed)
+    rows, columns = -(-height // 14), -(-width // 14)
+    mask = random.integers(0, 2, (rows, columns)).repeat(14, 0).repeat(14, 1)[:height, :width].astype(np.uint8)
+    image = random.integers(0, 200, (height, width, 4)).astype(np.uint16)
+    image[..., 3] += mask.astype(np.uint16) * 800
+    return image, mask
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """A folder with data, a config, and the run of it."""
+    import torch
+    from safetensors.torch import save_file
+
+    from visadapt.backbones.timm_vit import TimmViT
+
+    folder = tmp_path_factory.mktemp("segment")
+    for split, count in (("train", 12), ("val", 4)):
+        for part in (split, f"{split}_masks"):
+            (folder / part).mkdir()
+        for n in range(count):
+            image, mask = scene(42, 56, 100 * len(split) + n)
+            write_raster(folder / split / f"{n}.tif", image)
+            cv2.imwrite(str(folder / f"{split}_masks" / f"{n}.png"), mask)
+    torch.manual_seed(0)
+    arch = dict(depth=2, embed_dim=32, num_heads=2, init_values=1.0, img_size=28)
+    body = TimmViT("vit_small_patch14_dinov2", in_chans=4, arch=arch).body
+    save_file(body.state_dict(), folder / "base.safetensors")
+    runtime = (Path(__file__).parent.parent / "configs/_base_/runtime.py").read_text()
+    made = {"data": folder, "weights": folder / "base.safetensors", "classes": CLASSES, "runtime": runtime}
+    (folder / "config.py").write_text(CONFIG.format(**made))
+    assert main(["train", str(folder / "config.py"), "--work-dir", str(folder / "run")]) == 0
+    return folder
+
+
+def test_run_learns_and_leaves_its_pages(run):
+    lines = [json.loads(line) for line in (run / "run/metrics.jsonl").read_text().splitlines()]
+    miou = [line["val/miou"] for line in lines if "val/miou" in line]
+    assert miou[-1] > 0.8, miou
+    page = (run / "run/predictions.html").read_text()
+    assert page.count("<img") >= 6 and "Worst images" in page and "bright" in page
+    assert {"confusion.png", "report.json", "curves.png"} <= {p.name for p in (run / "run").iterdir()}
+
+
+def test_test_gives_the_figures_of_the_run(run, capsys):
+    adapter = run / "run/adapter_last.safetensors"
+    assert main(["test", str(run / "config.py"), str(adapter), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    last = [json.loads(line) for line in (run / "run/metrics.jsonl").read_text().splitlines()][-1]
+    assert found["miou"] == pytest.approx(last["val/miou"], abs=1e-6) and found["images"] == 4
+
+
+def test_predict_a_scene(run, tmp_path, capsys):
+    image, mask = scene(100, 150, 7)
+    write_raster(tmp_path / "scene.tif", image)
+    adapter, out = str(run / "run/adapter_best.safetensors"), tmp_path / "mask.tif"
+    assert main(["predict", adapter, str(tmp_path / "scene.tif"), "--out", str(out), "--tile", "56"]) == 0
+    assert "100" in capsys.readouterr().out
+    with rasterio.open(out) as raster, rasterio.open(tmp_path / "scene.tif") as source:
+        assert raster.crs == source.crs and raster.transform == source.transform and raster.nodata == 255
+        assert (raster.read(1) == mask).mean() > 0.85
+
+
+def test_predict_folder_writes_masks(run, tmp_path):
+    adapter = str(run / "run/adapter_best.safetensors")
+    assert main(["predict", adapter, str(run / "val"), "--out", str(tmp_path / "out")]) == 0
+    lines = [json.loads(line) for line in (tmp_path / "out/predictions.jsonl").read_text().splitlines()]
+    assert len(lines) == 4
+    with rasterio.open(lines[0]["mask"]) as raster:
+        truth = cv2.imread(str(run / "val_masks" / f"{Path(lines[0]['path']).stem}.png"), cv2.IMREAD_UNCHANGED)
+        assert (raster.read(1) == truth).mean() > 0.8
+
+
+def error(capsys) -> str:
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("visadapt: error:")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+def test_predict_refuses_other_bands_and_too_many_images(run, tmp_path, capsys):
+    adapter = str(run / "run/adapter_best.safetensors")
+    size = dict(height=20, width=20, count=1, dtype="uint16")
+    with rasterio.open(tmp_path / "one.tif", "w", driver="GTiff", **size) as raster:
+        raster.write(np.ones((1, 20, 20), np.uint16))
+    assert main(["predict", adapter, str(tmp_path / "one.tif"), "--out", str(tmp_path / "m.tif")]) == 2
+    assert "1 bands and the model takes 4" in error(capsys)
+    assert main(["predict", adapter, str(run / "val"), "--out", str(tmp_path / "m.tif")]) == 2
+    assert "is one mask, for one scene" in error(capsys)
+
+
+def test_data_check_counts_and_finds_what_is_wrong(run, tmp_path, capsys):
+    assert main(["data", "check", str(run / "config.py"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["train"]["samples"] == 12 and found["train"]["sizes"] == {"42x56": 12}
+    assert [row["band"] for row in found["train"]["bands"]] == ["B02", "B03", "B04", "B08"]
+    assert found["train"]["bands"][3]["max"] > 800 > found["train"]["bands"][0]["max"]
+    assert sum(row["pixels"] for row in found["val"]["classes"]) == 4 * 42 * 56
+
+    (tmp_path / "train").mkdir(), (tmp_path / "train_masks").mkdir()
+    for n, content in enumerate([(run / "val/0.tif").read_bytes(), (run / "train/1.tif").read_bytes(), b"II*"]):
+        (tmp_path / "train" / f"{n}.tif").write_bytes(content)
+        cv2.imwrite(str(tmp_path / "train_masks" / f"{n}.png"), np.full((42, 56), 7 if n == 1 else 0, np.uint8))
+    moved = [f"train_dataloader.dataset.{k}={tmp_path / v}" for k, v in (("image_dir", "train"), ("mask_dir", "train_masks"))]
+    assert main(["data", "check", str(run / "config.py"), *moved]) == 2
+    said = capsys.readouterr()
+    assert "1 unreadable samples, 1 samples with wrong labels or sizes, 1 images that are in two splits" in said.err
+    assert "equal files" in said.out and "7" in said.out
