@@ -1,0 +1,181 @@
+"""Convolutional networks that read the image beside a transformer and give maps at falling resolution."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from timm.layers import LayerNorm2d, trunc_normal_
+from timm.models.convnext import ConvNeXtBlock
+from torch import Tensor, nn
+
+FEW_BANDS = 16
+"""Up to here the covariance of 3 x 3 patches of an image costs less than full-width maps at its resolution."""
+
+
+class Unit(nn.Module):
+    """norm2(pointwise(norm1(spatial(x)))), plus x where resolution and channels stay. There is no activation in it.
+
+    Weights start normal with variance 2 / (k k c_out / groups).
+    """
+
+    def __init__(self, in_chans: int, width: int, size: int, stride: int = 1, depthwise: bool = False) -> None:
+        super().__init__()
+        middle, groups = (in_chans, in_chans) if depthwise else (width, 1)
+        self.spatial = nn.Conv2d(in_chans, middle, size, stride, (size - 1) // 2, groups=groups, bias=False)
+        self.norm1 = nn.BatchNorm2d(middle)
+        self.pointwise = nn.Conv2d(middle, width, 1, bias=False)
+        self.norm2 = nn.BatchNorm2d(width)
+        self.skip = stride == 1 and in_chans == width
+        for conv in (self.spatial, self.pointwise):
+            fan_out = math.prod(conv.kernel_size) * conv.out_channels // conv.groups
+            nn.init.normal_(conv.weight, std=math.sqrt(2 / fan_out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm2(self.pointwise(self.norm1(self.spatial(x))))
+        return x + y if self.skip else y
+
+
+class LinearPyramid(nn.Module):
+    """Image (B, C, H, W) to maps of `width` channels at strides 1, 2, 4, ..., 2^depth.
+
+    A 1 x 1 unit lifts the bands to `width` channels, a 3 x 3 unit (`stem`) stays at full resolution, and each stage
+    halves it, by a 3 x 3 unit or by 2 x 2 max pooling. With batch statistics or stored ones alike every unit is linear.
+
+    Args:
+        in_chans: bands C.
+        width: channels of all maps.
+        depth: number of stages.
+        stem: False leaves out the unit at full resolution.
+        pool: stages are max pooling and have no weights.
+
+    Attributes:
+        least: smallest side of an image in pixels.
+        stages: modules that halve the resolution.
+    """
+
+    def __init__(self, in_chans: int, width: int, depth: int, stem: bool = True, pool: bool = False) -> None:
+        super().__init__()
+        self.least = 2**depth if pool else 1
+        self.lift = Unit(in_chans, width, 1, depthwise=True)
+        self.stem = Unit(width, width, 3) if stem else None
+        self.stages = nn.ModuleList(nn.MaxPool2d(2) if pool else Unit(width, width, 3, stride=2) for _ in range(depth))
+
+    def forward(self, image: Tensor) -> list[Tensor]:
+        maps = [self._full_resolution(image)]
+        for stage in self.stages:
+            maps.append(stage(maps[-1]))
+        return maps
+
+    def _full_resolution(self, image: Tensor) -> Tensor:
+        if self.stem is None:
+            return self.lift(image)
+        plain = type(self.stem.norm1) is nn.BatchNorm2d  # norms that ask other processes see more than this batch
+        if plain and image.shape[1] <= FEW_BANDS:
+            return as_one_convolution(self.lift, self.stem, image)
+        return self.stem(self.lift(image))
+
+
+def as_one_convolution(lift: Unit, stem: Unit, image: Tensor) -> Tensor:
+    """stem(lift(image)) for a 1 x 1 `lift` without skip and a 3 x 3 `stem` with one, in training and in evaluation.
+
+    Both are linear but for the statistics of their batch norms, and those follow from mean and covariance of the
+    image's 3 x 3 patches. So no map of full width and resolution is made, and kept for the backward pass, but the
+    result: four such maps and their norms are the larger part of what the network costs.
+
+    A further band of ones carries offsets. Outside of the image it is 0, as `stem` pads with zeros what `lift` gives.
+    """
+    x = torch.cat([image, torch.ones_like(image[:, :1])], 1)  # (B, n, H, W)
+    n, count = x.shape[1], image.shape[0] * image[0, 0].numel()
+    mean, covariance = patch_moments(x) if stem.norm1.training else (None, None)
+    at_centre = None if mean is None else (mean.view(n, 9)[:, 4], covariance.view(n, 9, n, 9)[:, 4, :, 4])
+
+    def after(unit: Unit, rule: Tensor, one: int, moments: tuple[Tensor, Tensor] | None) -> Tensor:
+        rule = normalised(unit.norm1, rule, one, moments, count)
+        return normalised(unit.norm2, unit.pointwise.weight.flatten(1).double() @ rule, one, moments, count)
+
+    scale = torch.diag(lift.spatial.weight.flatten().double())
+    per_pixel = after(lift, F.pad(scale, (0, 1)), n - 1, at_centre)  # (width, n): lift(image) = per_pixel @ x
+    spread = torch.einsum("oikl,in->onkl", stem.spatial.weight.double(), per_pixel).flatten(1)
+    moments = None if mean is None else (mean, covariance)
+    rule = after(stem, spread, 9 * n - 5, moments).view(-1, n, 3, 3)  # the ones at the centre: 9 (n - 1) + 4
+    rule = rule + F.pad(per_pixel[:, :, None, None], (1, 1, 1, 1))
+    return F.conv2d(x, rule.to(x.dtype), padding=1)
+
+
+def patch_moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean (9 n,) and covariance (9 n, 9 n) of the zero-padded 3 x 3 patches of (B, n, H, W), in double precision.
+
+    Neighbours are so alike that in single precision nothing would be left of the variance of their differences.
+    """
+    patches = F.unfold(x.double(), 3, padding=1)  # (B, 9 n, H W)
+    count = patches.shape[0] * patches.shape[2]
+    mean = patches.sum((0, 2)) / count
+    return mean, (patches @ patches.mT).sum(0) / count - torch.outer(mean, mean)
+
+
+def normalised(
+    norm: nn.BatchNorm2d, rule: Tensor, one: int, moments: tuple[Tensor, Tensor] | None, count: int
+) -> Tensor:
+    """The linear rule (c, k) by which norm(rule @ u) follows from vectors u (k,) whose entry `one` is 1.
+
+    Args:
+        norm: a batch norm; its running statistics are updated in training.
+        rule: in double precision.
+        one: where the constant stands.
+        moments: mean and covariance of the vectors in training, None for the stored statistics.
+        count: number of vectors.
+    """
+    if moments is None:
+        mean, variance = norm.running_mean.double(), norm.running_var.double()
+    else:
+        mean, variance = rule @ moments[0], (rule @ moments[1] * rule).sum(1).clamp(min=0)
+        with torch.no_grad():
+            norm.num_batches_tracked.add_(1)
+            norm.running_mean.lerp_(mean.to(norm.running_mean), norm.momentum)
+            norm.running_var.lerp_((variance * count / (count - 1)).to(norm.running_var), norm.momentum)
+    gain = norm.weight * (variance + norm.eps).rsqrt()
+    offset = norm.bias - gain * mean
+    constant = F.one_hot(torch.tensor(one, device=rule.device), rule.shape[1])
+    return gain[:, None] * rule + torch.outer(offset, constant.to(offset))
+
+
+class ConvNeXtPyramid(nn.Module):
+    """Image (B, C, H, W) to maps of `width` channels at strides 2, 4, ..., 2^depth: a ConvNeXt of one block per stage.
+
+    Each stage halves the resolution by a 2 x 2 convolution, with a norm after it in the first stage and before it in
+    the others, runs one block, and gives its map through a norm of its own.
+
+    Args:
+        in_chans: bands C.
+        width: channels of all maps.
+        depth: number of stages.
+        only_last: give the last map only; the other stages then have no norm of their own.
+
+    Attributes:
+        least: smallest side of an image in pixels.
+        stages: modules that halve the resolution.
+    """
+
+    def __init__(self, in_chans: int, width: int, depth: int, only_last: bool = False) -> None:
+        super().__init__()
+        self.least = 2**depth
+        self.stages = nn.ModuleList()
+        for n in range(depth):
+            conv, norm = nn.Conv2d(width if n else in_chans, width, 2, stride=2), LayerNorm2d(width)
+            down = nn.Sequential(norm, conv) if n else nn.Sequential(conv, norm)
+            self.stages.append(nn.ModuleDict({"down": down, "block": ConvNeXtBlock(width)}))
+        self.norms = nn.ModuleDict({str(n): LayerNorm2d(width) for n in range(depth - 1 if only_last else 0, depth)})
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+
+    def forward(self, image: Tensor) -> list[Tensor]:
+        maps, x = [], image
+        for n, stage in enumerate(self.stages):
+            x = stage["block"](stage["down"](x))
+            if str(n) in self.norms:
+                maps.append(self.norms[str(n)](x))
+        return maps
