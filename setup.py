@@ -20,6 +20,7 @@ REQUIRED = [
     "einops",
     "torchmetrics",
     "scikit-learn",
+    "scipy",
     "numpy>=2",
     "matplotlib",
     "pillow",

@@ -95,7 +95,7 @@ def test_tuners_of_peft_are_named_by_how_they_are_written():
     for name, tuner in (("DoRA", "DoRA"), ("vera", "VeRA")):
         with pytest.raises(InputError, match=rf"; write dict\(type='PEFT', tuner='{tuner}'\)"):
             ADAPTERS.get(name)
-    with pytest.raises(InputError, match="did you mean .*'LoRA'"):  # an adapter of its own comes first
+    with pytest.raises(InputError, match=r"did you mean .*'LoRA'"):  # an adapter of its own comes first
         ADAPTERS.get("LoRa")
 
 

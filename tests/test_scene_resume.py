@@ -71,6 +71,25 @@ def test_goes_on_after_a_failure(run, tmp_path, capsys, overlap, memory):
     assert capsys.readouterr().err.count("going on with") == 2
 
 
+def test_goes_on_many_times(run, tmp_path):
+    values = VALUES.copy()
+    values[:, ::3] = 0
+    source = write(tmp_path / "rows.tif", values, nodata=0)
+    report, whole = run(uneven, source, tile=32)
+    starts = 0
+    while True:
+        starts += 1
+        assert starts < 10
+        try:
+            again, mask = run(counted(25)[0], source, tile=32)
+            break
+        except Stop:
+            pass
+    assert starts > 2
+    assert (mask == whole).all()
+    assert again.nodata == report.nodata == 1 / 3
+
+
 @pytest.mark.parametrize(
     "other, said",
     [

@@ -14,7 +14,7 @@ from visadapt.cli import main
 rasterio = pytest.importorskip("rasterio")
 
 CLASSES = ("dark", "bright")
-CONFIG = '''
+CONFIG = """
 from mmengine.config import read_base
 from mmengine.optim import CosineAnnealingLR
 from torch.optim import AdamW
@@ -68,7 +68,7 @@ optim_wrapper = dict(
     type=AutocastOptimWrapper, constructor=TrainableGroups, optimizer=dict(type=AdamW, lr=2e-2, weight_decay=0.0)
 )
 custom_hooks = [dict(type=AdapterFiles, monitor="miou")]
-'''
+"""
 
 
 def write_raster(path: Path, image: np.ndarray) -> None:
@@ -186,7 +186,9 @@ def test_data_check_counts_and_finds_what_is_wrong(run, tmp_path, capsys):
     for n, content in enumerate([(run / "val/0.tif").read_bytes(), (run / "train/1.tif").read_bytes(), b"II*"]):
         (tmp_path / "train" / f"{n}.tif").write_bytes(content)
         cv2.imwrite(str(tmp_path / "train_masks" / f"{n}.png"), np.full((42, 56), 7 if n == 1 else 0, np.uint8))
-    moved = [f"train_dataloader.dataset.{k}={tmp_path / v}" for k, v in (("image_dir", "train"), ("mask_dir", "train_masks"))]
+    moved = [
+        f"train_dataloader.dataset.{k}={tmp_path / v}" for k, v in (("image_dir", "train"), ("mask_dir", "train_masks"))
+    ]
     assert main(["data", "check", str(run / "config.py"), *moved]) == 2
     said = capsys.readouterr()
     assert "1 unreadable samples, 1 samples with wrong labels or sizes, 1 images that are in two splits" in said.err

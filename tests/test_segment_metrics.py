@@ -14,10 +14,9 @@ from torchmetrics.functional.classification import multiclass_jaccard_index
 from torchmetrics.functional.segmentation import mean_iou
 
 from visadapt.errors import InputError
+from visadapt.ignored import IGNORED
 from visadapt.metrics.segment import SegmentationMetric, boundary, boundary_counts, disc
 from visadapt.registry import METRICS
-
-IGNORED = 255
 
 
 def sample(pred, mask, path="a.png", valid=True):

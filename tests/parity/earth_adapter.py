@@ -10,14 +10,16 @@ from visadapt.convert.earth_adapter import earth_adapter_keys
 from visadapt.core.adapted import Adapted
 
 
-def built(kit, depth, width, grid, layers):
+def built(kit, depth, channels, grid, layers):
     """The adapter with the kit's values, on blocks that do nothing."""
     args, given = kit.args, kit.parameters()
-    adapted = Adapted(Idle(depth, width, patch=16))
-    options = dict(token_width=args.get("token_dim", 0) if args["with_token"] else 0, token_grid=grid, layers=layers)
-    made = EarthAdapter(args["dim"], args["fft_layer"], args["cutoff_ratio"], args["scale"], **options)
+    adapted = Adapted(Idle(depth, channels, patch=16))
+    width = given["refine_token"].shape[2] if args["with_token"] else 0
+    mixed = [n for n in args["fft_layer"] if n in layers]
+    options = dict(token_width=width, token_grid=grid, layers=layers)
+    made = EarthAdapter(args["dim"], mixed, args["cutoff_ratio"], args["scale"], **options)
     adapter = adapted.add("a", made)
-    keys = earth_adapter_keys(given, args["fft_layer"], layers)
+    keys = earth_adapter_keys(given, mixed, layers)
     assert set(keys) == set(adapter.pieces)
     for key, values in keys.items():
         adapter.pieces[key].load_state_dict(values)

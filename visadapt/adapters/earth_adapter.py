@@ -133,9 +133,9 @@ class EarthAdapter(Adapter):
         X' = X + alpha_l (g0 E1(X) + g1 E2(Lo) + g2 E3(Hi))             in `fft_layers`
 
     Lo holds the frequencies -c, ..., c - 1 of rows and columns of X on the patch grid, c = int(min(h, w) cutoff // 2),
-    Hi = X - Lo the others, and g = softmax(X Wr + br) is drawn from every patch. On a grid so small that c is 0, Lo is
-    zero. Class, register and prompt tokens stay. Linears start as those of torch do, so a fresh adapter changes the
-    output; alpha, one per block, starts at `scale`.
+    Hi = X - Lo the others, and g = softmax(X Wr + br) belongs to each patch. On a grid so small that c is 0, Lo is
+    zero and E2 gives a constant. Class, register and prompt tokens stay as they are. Linears start as those of torch
+    do, so a fresh adapter changes the output; alpha, one per block, starts at `scale`.
 
     As in the official code, and unlike the usual low-pass, the kept square is not symmetric about frequency 0. Where
     that code is limited or wasteful this is not: any grid, any width and depth; experts and routers stand in

@@ -115,7 +115,7 @@ class Rein(Adapter):
     targets = ("block",)
     roles = ("block",)
     needs = frozenset({"tokens"})
-    paper = "Stronger, Fewer, & Superior: Harnessing Vision Foundation Models for DGSS (Wei et al., 2024), 2312.04265"
+    paper = "Stronger, Fewer, & Superior (Wei et al., 2024; w1oves/Rein), arXiv 2312.04265"
     identity_at_init = False
 
     def __init__(
@@ -131,7 +131,7 @@ class Rein(Adapter):
         given = {"rank": rank, "query_dim": query_dim}
         self.require_positive(length=length, **{k: v for k, v in given.items() if v is not None})
         if length < 2:
-            raise InputError("Rein: length must be at least 2, since the first token adds nothing")
+            raise InputError(f"Rein: length must be at least 2, since the first token adds nothing, got {length}")
         self.length, self.rank, self.query_dim = length, rank, query_dim
         self.softmax, self.zero_start = softmax, zero_start
         self.identity_at_init = zero_start

@@ -178,12 +178,12 @@ def peak_bytes(setup: Setup, name: str, how: str) -> int | None:
         before = torch.cuda.memory_allocated()
         step(), step()
         return torch.cuda.max_memory_allocated() - before
-    before = _status("VmRSS")
+    before = status("VmRSS")
     step(), step()
-    return _status("VmHWM") - before
+    return status("VmHWM") - before
 
 
-def _status(key: str) -> int:
+def status(key: str) -> int:
     """A memory figure of this process in bytes."""
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith(key))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
-from .methods import _status, alone
+from .methods import status, alone
 
 BANDS = 4
 CLASSES = [f"class {i}" for i in range(10)]
@@ -72,11 +72,11 @@ def mapped(size: int, model: str, tile: int, threads: int) -> dict[str, Any]:
         make_scene(source, size)
         score = scorer(model)
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-        before = _status("VmRSS")
+        before = status("VmRSS")
         start = time.perf_counter()
         report = predict_scene(source, out, score, CLASSES, channels=BANDS, tile=tile, progress=False)
         wall = time.perf_counter() - start
-        peak = _status("VmHWM") - before
+        peak = status("VmHWM") - before
     found = {"size": size, "model": model, "tile": tile, "batch": report.batch, "tiles": report.tiles}
     found |= {"threads": threads, "peak_mib": peak / 2**20, "seconds": wall}
     return found | {"model_share": report.model_seconds / wall}

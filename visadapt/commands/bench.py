@@ -1,5 +1,5 @@
 """`visadapt bench speed`: ratios within one run. `bench train`: store results. `bench report`: the table of them.
-`bench parameters`: counts on a ViT-B.
+`bench parameters`: counts on a ViT-B. `bench scene`: memory and time of a whole scene.
 """
 
 from __future__ import annotations
@@ -18,22 +18,23 @@ COLUMNS["step flops"] = "step_over_flops"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "what",
-        choices=["speed", "train", "report", "parameters"],
-        help="the benchmark, the report of stored results, or the counts that 'visadapt list' shows",
+        choices=["speed", "train", "report", "parameters", "scene"],
+        help="the benchmark, stored results, their report, the counts that 'visadapt list' shows, or a whole scene",
     )
     parser.add_argument("config", nargs="?", help="train: the config to run")
     parser.add_argument("overrides", nargs="*", default=[], help="train: a.b.c=value")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="train: one run and stored line each")
     parser.add_argument("--work-dir", default="work_dirs/bench", help="train: where the runs go")
     parser.add_argument("--method", nargs="+", default=[], metavar="NAME", help="speed: adapters to time too, or 'all'")
-    parser.add_argument("--model", default="vit_small_patch16_224", help="speed: timm model")
-    parser.add_argument("--size", type=positive, default=224, help="speed: image side in pixels")
+    parser.add_argument("--model", help="speed: timm model; scene: vit (a ViT-S of 4 blocks) or conv (next to nothing)")
+    parser.add_argument("--size", type=positive, help="side in pixels; speed: of images, scene: of the scene")
+    parser.add_argument("--tile", type=positive, default=512, help="scene: side of a tile in pixels")
     parser.add_argument("--batch", type=positive, default=8, help="speed: images per training step")
     parser.add_argument("--mixed", type=positive, default=32, help="speed: images and adapters of the mixed batch")
     parser.add_argument("--rounds", type=positive, default=9, help="speed: measured rounds; of single methods a third")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="speed: where to run")
     parser.add_argument("--json", action="store_true", help="speed: print one JSON object")
-    parser.add_argument("--out", help="speed: also write the JSON object to this file")
+    parser.add_argument("--out", help="speed, scene: also write the JSON object to this file")
 
 
 def methods(names: list[str]) -> list[str]:
@@ -56,6 +57,8 @@ def methods(names: list[str]) -> list[str]:
 def run(args: argparse.Namespace) -> int:
     if args.what == "speed":
         return speed(args)
+    if args.what == "scene":
+        return scene(args)
     if args.what == "parameters":
         from ..benchmark.parameters import write_parameters
 
@@ -73,6 +76,18 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def scene(args: argparse.Namespace) -> int:
+    from ..benchmark.scene import measure_scene
+    from ..files import atomic
+
+    text = json.dumps(measure_scene(args.size or 5000, args.model or "vit", args.tile), indent=1)
+    if args.out:
+        with atomic(args.out) as temporary:
+            temporary.write_text(text + "\n")
+    print(text)
+    return 0
+
+
 def speed(args: argparse.Namespace) -> int:
     chosen = methods(args.method)
 
@@ -80,7 +95,8 @@ def speed(args: argparse.Namespace) -> int:
     from ..benchmark.speed import measure
     from ..files import atomic
 
-    setup = Setup(args.model, args.size, args.batch, args.mixed, args.rounds, args.device)
+    model, size = args.model or "vit_small_patch16_224", args.size or 224
+    setup = Setup(model, size, args.batch, args.mixed, args.rounds, args.device)
     setup.check()
     found = measure(setup, chosen)
     text = json.dumps(found, indent=1)

@@ -36,19 +36,20 @@ def rein_keys(state: Mapping[str, Tensor]) -> Pieces:
             are left. Also that part alone, with or without the prefix.
 
     Raises:
-        InputError: no Rein in it, other names, or tensors of a pair that do not fit.
+        InputError: no Rein in it, other names, missing tensors, or factors of different numbers of blocks.
     """
     state = state.get("state_dict", state)
     prefix = next((p for p in ("backbone.reins.", "reins.") if any(k.startswith(p) for k in state)), "")
     own = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
     if unknown := [k for k in own if k not in TOKENS and k not in SHARED]:
         raise InputError(f"Rein file has {listed(unknown)}; expected learnable_tokens_a, mlp_delta_f.weight and alike")
-    tokens = {TOKENS[k]: v for k, v in own.items() if k in TOKENS}
-    needed = [{"learnable_tokens_a", "learnable_tokens_b"} if "learnable_tokens" not in own else {"learnable_tokens"}]
-    needed += [{k for k in SHARED if k.startswith("mlp_")}]
-    link = {k for k in SHARED if k.startswith(("transform", "merge"))}
-    if missing := sorted(set.union(*needed, link if link & own.keys() else set()) - own.keys()):
+    needed = {"learnable_tokens"} if "learnable_tokens" in own else {"learnable_tokens_a", "learnable_tokens_b"}
+    needed |= {k for k in SHARED if k.startswith("mlp_")}
+    link = {k for k in SHARED if k.startswith(("transform.", "merge."))}
+    needed |= link if link & own.keys() else set()
+    if missing := sorted(needed - own.keys()):
         raise InputError(f"Rein file lacks {listed(missing)}; it was cut off, or is no Rein")
+    tokens = {TOKENS[k]: v for k, v in own.items() if k in TOKENS}
     blocks = {len(v) for v in tokens.values()}
     if len(blocks) > 1:
         raise InputError(f"Rein file has factors for {sorted(blocks)} blocks; both must have as many")

@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..errors import InputError
-from ..transforms.albu import IGNORED
+from ..ignored import IGNORED
 from .base import ImageDataset
 from .files import UnreadableImage
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import InputError
-from ..transforms.albu import IGNORED
+from ..ignored import IGNORED
 
 SHOWN = 8
 UNKNOWN = -1

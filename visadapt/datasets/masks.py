@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError, hint
-from ..transforms.albu import IGNORED
+from ..ignored import IGNORED
 from .base import ImageDataset, common, data_root, find_list, read_image, read_lines, stack, to_tensor
 from .files import UnreadableImage
 from .folder import images_below

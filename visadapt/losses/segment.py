@@ -11,10 +11,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, interpolate
 
 from ..errors import InputError
+from ..ignored import IGNORED
 from ..registry import LOSSES
-
-IGNORED = 255
-"""Value in masks of pixels that belong to no class."""
 
 
 def find_labelled(masks: Tensor, num_classes: int) -> Tensor:

@@ -11,7 +11,7 @@ import numpy as np
 from mmengine.evaluator import BaseMetric
 
 from ..errors import InputError
-from ..losses.segment import IGNORED
+from ..ignored import IGNORED
 from ..registry import METRICS
 
 

@@ -117,7 +117,7 @@ class GrowingMask:
         return self.counts[of] / (self.scene.width * self.scene.height)
 
     def write(self, labels: np.ndarray, unscored: np.ndarray, column: int, top: int) -> None:
-        """Write finished rows (rows, width) of a strip; those that were finished before are left alone.
+        """Write a finished band of rows (rows, width) of a strip; one that was finished before is left alone.
 
         Args:
             labels: classes.
@@ -128,12 +128,10 @@ class GrowingMask:
         Raises:
             InputError: the disk takes no more.
         """
-        skip = max(0, self.done.get(column, 0) - top)
-        labels, unscored = labels[skip:], unscored[skip:]
-        if not len(labels):
+        if top < self.done.get(column, 0):  # scored again for the rows below, which share tiles with these
             return
-        window = Window(column, top + skip, labels.shape[1], labels.shape[0])
-        entry = {"column": column, "rows": top + skip + len(labels), "pixels": labels.size}
+        window = Window(column, top, labels.shape[1], labels.shape[0])
+        entry = {"column": column, "rows": top + len(labels), "pixels": labels.size}
         entry |= {"nodata": int((labels == self.nodata).sum()), "unscored": int(unscored.sum())}
         entry |= {"unreadable": sorted(self.scene.unreadable)}
         try:

@@ -9,11 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import InputError
+from ..ignored import IGNORED
 from ..registry import HEADS, LOSSES, NECKS, TASKS, arguments_of
 from .base import AdaptedTask
-
-IGNORED = 255
-"""Value in masks of pixels that belong to no class."""
 
 
 @TASKS.register_module()

@@ -22,11 +22,9 @@ import cv2
 import numpy as np
 
 from ..errors import InputError, hint
+from ..ignored import IGNORED
 from ..registry import TRANSFORMS, unknown_arguments
 from .crops import BalancedCrop
-
-IGNORED = 255
-"""The label of mask pixels that count for nothing."""
 
 GROUPS = {"OneOf": A.OneOf, "RandomOrder": A.RandomOrder, "Sequential": A.Sequential, "SomeOf": A.SomeOf}
 # The model normalises on the device with the backbone's own statistics; doing it here as well would do it twice.

@@ -11,7 +11,9 @@ from ..errors import InputError
 from .picture import save_figure
 
 
-def plot_confusion(matrix: Sequence[Sequence[int]], classes: Sequence[str], png: str | Path, unit: str = "images") -> None:
+def plot_confusion(
+    matrix: Sequence[Sequence[int]], classes: Sequence[str], png: str | Path, unit: str = "images"
+) -> None:
     """Draw a confusion matrix; colour is the share of the true class, numbers are counts.
 
     Up to 20 classes carry their counts in the cells; of many classes only every n-th is named.

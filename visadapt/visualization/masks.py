@@ -9,9 +9,9 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from ..errors import InputError
+from ..ignored import IGNORED
 from .picture import as_picture, fit, font
 
-IGNORED = 255
 WRONG = (230, 30, 30)
 SIDE, TEXT = 320, 13  # pixels
 
