@@ -28,9 +28,9 @@ def normal(*shape, seed=0, dtype=torch.float64):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
-def fresh(depth=2, **options):
+def fresh(blocks=2, **options):
     """A tiny ViT of any depth with the adapter in double precision."""
-    backbone = tiny_backbone(dict(TINY["vit"], arch=dict(TINY["vit"]["arch"], depth=depth)))
+    backbone = tiny_backbone(dict(TINY["vit"], arch=dict(TINY["vit"]["arch"], depth=blocks)))
     adapted = Adapted(backbone)
     adapted.add("a", CloudAdapter(**options))
     adapted.set_trainable("a")

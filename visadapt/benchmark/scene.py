@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
-from .methods import status, alone
+from .methods import alone, status
 
 BANDS = 4
 CLASSES = [f"class {i}" for i in range(10)]

