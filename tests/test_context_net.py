@@ -60,25 +60,25 @@ def test_units_at_full_resolution_are_one_convolution(in_chans, training):
     assert net.stem.norm2.num_batches_tracked == int(training)
 
 
-def test_a_filter_that_only_sees_differences_of_neighbours_keeps_its_precision():
-    rows, columns = torch.meshgrid(torch.arange(40.0), torch.arange(50.0), indexing="ij")
-    image = ((rows + 2 * columns) / 50)[None, None] + 2e-3 * normal(1, 1, 40, 50, dtype=torch.float32)
+def test_a_filter_that_sees_differences_of_neighbours_keeps_its_precision():
+    """Covariances in single precision would miss by 4e-4, unit after unit misses by 4e-6."""
+    rows, columns = torch.meshgrid(torch.arange(200.0), torch.arange(200.0), indexing="ij")
+    image = ((rows + 2 * columns) / 200)[None, None] + 1e-2 * normal(1, 1, 200, 200, dtype=torch.float32)
     net = pyramid(1, width=2).float().train()
     with torch.no_grad():
         net.stem.spatial.weight.copy_(torch.tensor([[0.0, 0, 0], [1, -2, 1], [0, 0, 0]]).expand(2, 2, 3, 3))
     exact = copy.deepcopy(net).double()
     found, expected = net._full_resolution(image), exact.stem(exact.lift(image.double()))
-    assert difference(found[..., 1:-1, 1:-1].double(), expected[..., 1:-1, 1:-1]) < 1e-3
+    assert difference(found.double(), expected) < 3e-5
 
 
 @pytest.mark.parametrize(
-    ("in_chans", "synchronised", "options", "folds"),
-    [(3, False, {}, True), (16, False, {}, True), (17, False, {}, False), (3, True, {}, False)],
+    ("in_chans", "synchronised", "folds"), [(3, False, True), (16, False, True), (17, False, False), (3, True, False)]
 )
-def test_many_bands_and_norms_over_processes_go_unit_by_unit(monkeypatch, in_chans, synchronised, options, folds):
+def test_many_bands_and_norms_over_processes_go_unit_by_unit(monkeypatch, in_chans, synchronised, folds):
     calls = []
     monkeypatch.setattr(context_net, "as_one_convolution", lambda *args: calls.append(args) or args[2])
-    net = LinearPyramid(in_chans, in_chans, 1, **options).eval()
+    net = LinearPyramid(in_chans, in_chans, 1).eval()
     if synchronised:
         net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
     net._full_resolution(torch.zeros(1, in_chans, 4, 4))

@@ -1,4 +1,4 @@
-"""Aerial images of Dubai in windows of 256 px: tiles 1 to 5 to train, in crops of 140 px, tile 6 to test, mIoU."""
+"""Aerial images of Dubai: crops of 140 px of tiles 1 to 5 to train, tile 6 in windows of 256 px to test, mIoU."""
 
 from visadapt.datasets.dubai_aerial import DubaiAerial
 from visadapt.datasets.masks import collate_masks
@@ -6,12 +6,11 @@ from visadapt.datasets.sampler import EpochSampler
 from visadapt.metrics.segment import SegmentationMetric
 
 train_dataloader = dict(
-    batch_size=8,
+    batch_size=5,
     num_workers=0,
     dataset=dict(
         type=DubaiAerial,
         split="train",
-        tile=256,
         transform=[dict(type="RandomCrop", height=140, width=140), dict(type="D4", p=1.0)],
         training=True,
     ),

@@ -34,7 +34,8 @@ train_cfg = dict(by_epoch=True, max_epochs=40, val_interval=40)
 optim_wrapper = dict(
     type=AutocastOptimWrapper,
     constructor=TrainableGroups,
-    optimizer=dict(type=AdamW, lr=1e-3, weight_decay=0.01),
+    optimizer=dict(type=AdamW, lr=1e-4, weight_decay=0.01),  # as published; the head trains as on the frozen backbone
+    paramwise_cfg=dict(head_lr_mult=10.0),
 )
 param_scheduler = dict(type=CosineAnnealingLR, T_max=40, by_epoch=True, convert_to_iter_based=True)
 custom_hooks = [dict(type=AdapterFiles, monitor="miou")]

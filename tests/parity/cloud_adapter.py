@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from visadapt.adapters._common.context_net import LinearPyramid
-from visadapt.adapters.cloud_adapter import CloudAdapter, Perception
+from visadapt.adapters._common.context_net import LinearPyramid, Perception
+from visadapt.adapters.cloud_adapter import CloudAdapter
 from visadapt.backbones.base import Backbone
 from visadapt.backbones.timm_vit import TimmViT
 from visadapt.convert.cloud_adapter import cloud_adapter_keys
@@ -130,7 +130,8 @@ def whole(kit):
     backbone.body.load_state_dict(base)
     adapted = Adapted(backbone)
     adapter = adapted.add("a", adapter_of(args["cloud_adapter_config"], layers))
-    official = Renamed(adapter, given, layers)
+    modules = (f"{prefix}net.{n}." for n in range(len(layers)))  # theirs has more where not all blocks are adapted
+    official = Renamed(adapter, {k: v for k, v in given.items() if k.startswith((f"{prefix}cnn.", *modules))}, layers)
     adapted.set_trainable("a")
     adapted.train(kit.info["eval_or_train"] == "train")
     maps = adapted(fed["image"]).maps

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from ..core.adapter import Adapter
 from ..core.context import Context
-from ..core.kinds import Side, Tokens
+from ..core.kinds import Tokens
 from ..core.sites import Site
 from ..errors import InputError, hint
 from ..registry import ADAPTERS
-from ._common.context_net import ConvNeXtPyramid, LinearPyramid
+from ._common.context_net import ConvNeXtPyramid, LinearPyramid, Perception
 
 HEADS, HEAD_DIM = 8, 64
 """Of the cross-attention, whatever the width of the backbone."""
@@ -24,44 +24,6 @@ CHOICES = {
     "interaction": ("attention", "gate"),
     "context": ("sum", "levels", "last"),
 }
-
-
-class Perception(Side):
-    """Image (B, C, H, W) to "context0" and, with several levels, "context1", ..., once per image.
-
-    For attention a context is resized to the patch grid, (B, h*w, width); for the gate it is the map itself.
-
-    Attributes:
-        reads: number of the context by the key of the site that reads it.
-    """
-
-    def __init__(self, net: nn.Module, context: str, on_grid: bool, reads: dict[str, int]) -> None:
-        super().__init__()
-        self.net, self.context, self.on_grid, self.reads = net, context, on_grid, reads
-
-    def forward(self, ctx: Context) -> dict[str, Tensor]:
-        height, width = ctx.image.shape[-2:]
-        if min(height, width) < self.net.least:
-            raise InputError(
-                f"adapter '{self.owner}': CloudAdapter halves the image {len(self.net.stages)} times, so that its "
-                f"sides must be at least {self.net.least} pixels, got {height}x{width}; give a smaller depth"
-            )
-        maps = self.joined(self.net(ctx.image))
-        return {f"context{n}": self._given(m, ctx) for n, m in enumerate(maps)}
-
-    def joined(self, maps: list[Tensor]) -> list[Tensor]:
-        """Contexts (B, width, h, w), fine to coarse, from the maps of the network."""
-        if self.context == "sum":
-            size = maps[-1].shape[-2:]
-            return [sum(F.adaptive_avg_pool2d(m, size) for m in maps[:-1]) + maps[-1]]
-        if self.context == "last":
-            return maps[-1:]
-        return maps[-len(self.net.stages) :]  # without one of full resolution
-
-    def _given(self, context: Tensor, ctx: Context) -> Tensor:
-        if not self.on_grid:
-            return context
-        return F.interpolate(context, ctx.grid, mode="bilinear", align_corners=False).flatten(2).mT.contiguous()
 
 
 def projection(dim_in: int, dim_out: int, rank: int | None) -> nn.Module:
@@ -185,7 +147,10 @@ class CloudAdapter(Adapter):
     needs = frozenset({"tokens"})
     identity_at_init = False
     zero_grad = ("norm1.bias",)  # a batch norm follows that takes it away
-    paper = "Adapting Vision Foundation Models for Robust Cloud Segmentation (Zou et al., 2024), arXiv 2411.13127"
+    paper = (
+        "Adapting Vision Foundation Models for Robust Cloud Segmentation in Remote Sensing Images (Zou et al., 2024), "
+        "arXiv 2411.13127"
+    )
 
     def __init__(
         self,

@@ -10,8 +10,51 @@ from timm.layers import LayerNorm2d, trunc_normal_
 from timm.models.convnext import ConvNeXtBlock
 from torch import Tensor, nn
 
+from ...core.context import Context
+from ...core.kinds import Side
+from ...errors import InputError
+
 FEW_BANDS = 16
 """Up to here the covariance of 3 x 3 patches of an image costs less than full-width maps at its resolution."""
+
+
+class Perception(Side):
+    """Runs a network below once per image (B, C, H, W) and gives "context0" and, with several levels, "context1", ...
+
+    Args:
+        net: image to maps (B, width, h', w'), fine to coarse.
+        context: "sum" of all maps, pooled to the size of the last; the "last" map; or "levels", one of each stage.
+        on_grid: give contexts as (B, h*w, width), resized to the patch grid, in place of maps.
+        reads: number of the context by the key of the site that reads it.
+    """
+
+    def __init__(self, net: nn.Module, context: str, on_grid: bool, reads: dict[str, int]) -> None:
+        super().__init__()
+        self.net, self.context, self.on_grid, self.reads = net, context, on_grid, reads
+
+    def forward(self, ctx: Context) -> dict[str, Tensor]:
+        height, width = ctx.image.shape[-2:]
+        if min(height, width) < self.net.least:
+            raise InputError(
+                f"adapter '{self.owner}' halves the image {len(self.net.stages)} times, so that its sides must be at "
+                f"least {self.net.least} pixels, got {height}x{width}; give a smaller depth"
+            )
+        maps = self.joined(self.net(ctx.image))
+        return {f"context{n}": self._given(m, ctx) for n, m in enumerate(maps)}
+
+    def joined(self, maps: list[Tensor]) -> list[Tensor]:
+        """Contexts (B, width, h, w), fine to coarse, from the maps of the network."""
+        if self.context == "sum":
+            size = maps[-1].shape[-2:]
+            return [sum(F.adaptive_avg_pool2d(m, size) for m in maps[:-1]) + maps[-1]]
+        if self.context == "last":
+            return maps[-1:]
+        return maps[-len(self.net.stages) :]  # without one of full resolution
+
+    def _given(self, context: Tensor, ctx: Context) -> Tensor:
+        if not self.on_grid:
+            return context
+        return F.interpolate(context, ctx.grid, mode="bilinear", align_corners=False).flatten(2).mT.contiguous()
 
 
 class Unit(nn.Module):
@@ -88,8 +131,9 @@ def as_one_convolution(lift: Unit, stem: Unit, image: Tensor) -> Tensor:
     """
     x = torch.cat([image, torch.ones_like(image[:, :1])], 1)  # (B, n, H, W)
     n, count = x.shape[1], image.shape[0] * image[0, 0].numel()
-    mean, covariance = patch_moments(x) if stem.norm1.training else (None, None)
-    at_centre = None if mean is None else (mean.view(n, 9)[:, 4], covariance.view(n, 9, n, 9)[:, 4, :, 4])
+    learn = any(norm.training for norm in (lift.norm1, lift.norm2, stem.norm1, stem.norm2))
+    moments = patch_moments(x) if learn else None
+    at_centre = moments and (moments[0].view(n, 9)[:, 4], moments[1].view(n, 9, n, 9)[:, 4, :, 4])
 
     def after(unit: Unit, rule: Tensor, one: int, moments: tuple[Tensor, Tensor] | None) -> Tensor:
         rule = normalised(unit.norm1, rule, one, moments, count)
@@ -98,7 +142,6 @@ def as_one_convolution(lift: Unit, stem: Unit, image: Tensor) -> Tensor:
     scale = torch.diag(lift.spatial.weight.flatten().double())
     per_pixel = after(lift, F.pad(scale, (0, 1)), n - 1, at_centre)  # (width, n): lift(image) = per_pixel @ x
     spread = torch.einsum("oikl,in->onkl", stem.spatial.weight.double(), per_pixel).flatten(1)
-    moments = None if mean is None else (mean, covariance)
     rule = after(stem, spread, 9 * n - 5, moments).view(-1, n, 3, 3)  # the ones at the centre: 9 (n - 1) + 4
     rule = rule + F.pad(per_pixel[:, :, None, None], (1, 1, 1, 1))
     return F.conv2d(x, rule.to(x.dtype), padding=1)
@@ -107,7 +150,7 @@ def as_one_convolution(lift: Unit, stem: Unit, image: Tensor) -> Tensor:
 def patch_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean (9 n,) and covariance (9 n, 9 n) of the zero-padded 3 x 3 patches of (B, n, H, W), in double precision.
 
-    Neighbours are so alike that in single precision nothing would be left of the variance of their differences.
+    Neighbours are alike: in single precision the variance of their differences would lose the digits that count.
     """
     patches = F.unfold(x.double(), 3, padding=1)  # (B, 9 n, H W)
     count = patches.shape[0] * patches.shape[2]
@@ -124,10 +167,10 @@ def normalised(
         norm: a batch norm; its running statistics are updated in training.
         rule: in double precision.
         one: where the constant stands.
-        moments: mean and covariance of the vectors in training, None for the stored statistics.
+        moments: mean and covariance of the vectors; only asked for in training.
         count: number of vectors.
     """
-    if moments is None:
+    if not norm.training:
         mean, variance = norm.running_mean.double(), norm.running_var.double()
     else:
         mean, variance = rule @ moments[0], (rule @ moments[1] * rule).sum(1).clamp(min=0)
@@ -137,8 +180,9 @@ def normalised(
             norm.running_var.lerp_((variance * count / (count - 1)).to(norm.running_var), norm.momentum)
     gain = norm.weight * (variance + norm.eps).rsqrt()
     offset = norm.bias - gain * mean
-    constant = F.one_hot(torch.tensor(one, device=rule.device), rule.shape[1])
-    return gain[:, None] * rule + torch.outer(offset, constant.to(offset))
+    constant = torch.zeros_like(rule[0])
+    constant[one] = 1
+    return gain[:, None] * rule + torch.outer(offset, constant)
 
 
 class ConvNeXtPyramid(nn.Module):
