@@ -148,6 +148,22 @@ def test_vectors_and_scalars_go_without_weight_decay_where_that_is_asked_for(giv
         assert decays[id(parameter)] == (0 if vector else given or 0.01), name
 
 
+def test_norms_and_what_patterns_match_go_without_decay():
+    """Everything else decays, biases too; a pattern that matches nothing is a slip."""
+    task = Task(FullFineTune(), LoRA(rank=2))
+    wrapper = wrapper_for(task, no_decay=["adapted.adapters.a1.pieces.*.b"])
+    block = task.adapted.backbone.body.blocks[0]
+    piece = next(iter(task.adapted.adapters["a1"].pieces.values()))
+    decays = {
+        p: group_of(wrapper, p)["weight_decay"] > 0 for p in (block.norm1.weight, block.mlp.fc1.bias, piece.a, piece.b)
+    }
+    assert list(decays.values()) == [False, True, True, False]
+    with pytest.raises(InputError, match="matches no parameter"):
+        wrapper_for(task, no_decay=["*.queries"])
+    with pytest.raises(InputError, match="is a list"):
+        wrapper_for(task, no_decay="*.b")
+
+
 def test_wrapped_models_are_looked_into():
     task = Task(LoRA(rank=2))
     found = trained_ids(wrapper_for(SimpleNamespace(module=task), layer_decay=DECAY))

@@ -18,7 +18,7 @@ from .checkpoint import unwrap
 from .errors import InputError, refusals
 from .hooks.cache import CacheFeatures
 from .hooks.files import Console, MetricsFile
-from .hooks.lifecycle import Calibrate, Lifecycle
+from .hooks.lifecycle import Calibrate, Lifecycle, MeanBuffers
 from .hooks.steps import StepSeed
 
 __all__ = ["build_runner", "close", "is_main_process", "unwrap"]
@@ -118,7 +118,8 @@ def build_runner(cfg: Config) -> AdaptRunner:
         InputError: what the parts refuse, e.g. a missing data folder.
     """
     _join_processes(cfg)
-    hooks: list[Any] = [StepSeed(), Calibrate(), Lifecycle(), MetricsFile(), Console(), *cfg.get("custom_hooks", ())]
+    hooks: list[Any] = [StepSeed(), Calibrate(), Lifecycle(), MeanBuffers(), MetricsFile(), Console()]
+    hooks += cfg.get("custom_hooks", ())
     if cfg.pop("cache_features", False):
         hooks.append(CacheFeatures())
     cfg.pop("custom_hooks", None)

@@ -19,7 +19,7 @@ from .files import atomic
 
 FILES = (
     *("config.py", "environment.json", "metrics.jsonl", "curves.png", "report.json", "confusion.png"),
-    *("predictions.png", "adapter_*.safetensors", "epoch_*.pth", "iter_*.pth"),
+    *("predictions.png", "predictions.html", "adapter_*.safetensors", "epoch_*.pth", "iter_*.pth"),
 )
 """What a run leaves, beside mmengine's folders of logs, which are named by their time."""
 

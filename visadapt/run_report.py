@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from mmengine.dist import broadcast_object_list
 from torch.utils.data import DataLoader
 
 from .checkpoint import unwrap
@@ -21,23 +22,39 @@ from .visualization.curves import plot_curves
 def write_report(runner: Any) -> list[Path]:
     """Curves, and with a validation set the sheet of predictions, the confusion matrix and the per-class report.
 
-    The best adapter file is loaded first, so that figures and pictures show what users get.
+    The best adapter file is loaded first, so that figures and pictures show what users get. In a distributed run every
+    process calls this, as each of them measures its share of the images; the main one alone writes.
 
     Returns:
-        What was written, the adapter files among it.
+        What this process wrote, the adapter files among it.
     """
-    folder = Path(runner.work_dir)
+    folder, main_process = Path(runner.work_dir), runner.rank == 0
     written = [folder / "curves.png"]
-    plot_curves(folder / "metrics.jsonl", written[0])
     best = folder / "adapter_best.safetensors"
-    if runner.val_loop is not None and best.exists():
+    if main_process:
+        plot_curves(folder / "metrics.jsonl", written[0])
+    again = needs_evaluation(runner, best)
+    if again is not None:
         task, loop = unwrap(runner.model), runner.val_loop
         load_adapter(task.adapted, best, heads=task.heads)
-        if read_manifest(best)["iter"] != runner.iter:
+        if again:
             evaluate(task, loop.dataloader, loop.evaluator)
-        dataset = loop.dataloader.dataset
-        written += evaluation_files(task, loop.evaluator.metrics[0], getattr(dataset, "source", dataset), folder)
-    return [*written, *sorted(folder.glob("adapter_*.safetensors"))]
+        if main_process:
+            dataset = loop.dataloader.dataset
+            written += evaluation_files(task, loop.evaluator.metrics[0], getattr(dataset, "source", dataset), folder)
+    return [*written, *sorted(folder.glob("adapter_*.safetensors"))] if main_process else []
+
+
+def needs_evaluation(runner: Any, best: Path) -> bool | None:
+    """Whether the best adapter file is older than the last validation; None where there is no such file or validation.
+
+    The main process decides for all: one that took the other branch would leave the rest waiting for its share.
+    """
+    found = [None]
+    if runner.rank == 0 and runner.val_loop is not None and best.exists():
+        found = [read_manifest(best)["iter"] != runner.iter]
+    broadcast_object_list(found)
+    return found[0]
 
 
 @torch.no_grad()

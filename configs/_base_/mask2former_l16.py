@@ -1,8 +1,8 @@
 """How Cloud-Adapter, Rein and Earth-Adapter train: a frozen DINOv2 ViT-L with patches of 16 pixels, and Mask2Former.
 
 `data/weights/dinov2_vitl14_pretrain.pth` is the authors' own file (patches of 14 pixels); it is resampled as theirs.
-AdamW without warm-up, clipping and mixed precision. Norms, biases and scales have no weight decay; in the official code
-biases have it.
+AdamW without warm-up, clipping and mixed precision; norms, and embeddings of queries and levels, have no weight decay.
+`colours` is MMSegmentation's photometric distortion: brightness, contrast, saturation, hue, each in every second one.
 """
 
 from torch.optim import AdamW
@@ -22,14 +22,21 @@ vit_l16 = dict(
 )
 pyramid = dict(type=Pyramid)
 colours = dict(
-    type="ColorJitter", brightness=(0.875, 1.125), contrast=(0.5, 1.5), saturation=(0.5, 1.5), hue=0.05, p=0.5
+    type="Sequential",
+    transforms=[
+        dict(type="RandomBrightnessContrast", brightness_limit=32 / 255, contrast_limit=0.0, p=0.5),
+        dict(type="RandomBrightnessContrast", brightness_limit=0.0, contrast_limit=0.5, p=0.5),
+        dict(type="ColorJitter", brightness=(1, 1), contrast=(1, 1), saturation=(0.5, 1.5), hue=(0, 0), p=0.5),
+        dict(type="HueSaturationValue", hue_shift_limit=18, sat_shift_limit=0, val_shift_limit=0, p=0.5),
+    ],
+    p=1.0,
 )
 
 optim_wrapper = dict(
     type=AutocastOptimWrapper,
     constructor=TrainableGroups,
     optimizer=dict(type=AdamW, lr=1e-4, weight_decay=0.05),
-    paramwise_cfg=dict(decay_vectors=False),
+    paramwise_cfg=dict(no_decay=["*.query_embed.*", "*.level_embed.*"]),
 )
 val_evaluator = dict(type=SegmentationMetric)
 val_cfg = dict()

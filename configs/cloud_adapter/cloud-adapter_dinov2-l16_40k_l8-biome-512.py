@@ -1,6 +1,7 @@
 """Cloud-Adapter (arXiv 2411.13127), official setting: L8 Biome.
 
-Published: mIoU 57.53, chosen on the test images. 512 px, batches of 4 on one GPU.
+Published: mIoU 57.53. 512 px, batches of 4 on one GPU.
+The best file is chosen on the test images, as published: report adapter_last.
 1,828,425 trainable parameters and the head's 20,561,349.
 """
 
@@ -57,3 +58,4 @@ val_dataloader = dict(
 train_cfg = dict(by_epoch=False, max_iters=40000, val_interval=4000)
 param_scheduler = dict(type=PolyLR, power=0.9, eta_min=0.0, begin=0, end=40000, by_epoch=False)
 default_hooks = dict(checkpoint=dict(type=Checkpoints, interval=4000, by_epoch=False, keep=2))
+randomness = dict(seed=42)

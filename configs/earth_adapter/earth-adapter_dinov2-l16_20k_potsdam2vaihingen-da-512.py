@@ -38,7 +38,15 @@ train_dataloader = dict(
             transform=[
                 dict(type="Resize", height=512, width=512),
                 dict(type="RandomScale", scale_limit=(-0.5, 1.0), p=1.0),
-                dict(type="BalancedCrop", height=512, width=512, max_share=0.75, pad_if_needed=True),
+                dict(
+                    type="BalancedCrop",
+                    height=512,
+                    width=512,
+                    max_share=0.75,
+                    pad_if_needed=True,
+                    pad_position="top_left",
+                    fill=(124, 116, 104),
+                ),
                 dict(type="HorizontalFlip", p=0.5),
                 colours,
             ],
@@ -50,7 +58,14 @@ train_dataloader = dict(
             transform=[
                 dict(type="Resize", height=512, width=512),
                 dict(type="RandomScale", scale_limit=(-0.5, 1.0), p=1.0),
-                dict(type="RandomCrop", height=512, width=512, pad_if_needed=True),
+                dict(
+                    type="RandomCrop",
+                    height=512,
+                    width=512,
+                    pad_if_needed=True,
+                    pad_position="top_left",
+                    fill=(124, 116, 104),
+                ),
                 dict(type="HorizontalFlip", p=0.5),
                 colours,
             ],

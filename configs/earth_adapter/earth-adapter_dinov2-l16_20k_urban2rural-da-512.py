@@ -24,7 +24,7 @@ model = dict(
     type=SelfTraining,
     backbone=dict(vit_l16, arch=dict(patch_size=16, img_size=512)),
     neck=pyramid,
-    adapters=dict(main=dict(type=EarthAdapter, width=32, fft_layers=[18, 19, 20, 21, 22, 23], cutoff=0.3)),
+    adapters=dict(main=dict(type=EarthAdapter, width=32, fft_layers=[18, 19, 20, 21, 22, 23], cutoff=0.2)),
     head=dict(type=Mask2FormerHead, num_classes=7),
 )
 train_dataloader = dict(
@@ -37,10 +37,18 @@ train_dataloader = dict(
             split=None,
             image_dir="Train/Urban/images_png",
             mask_dir="Train/Urban/masks_png",
+            tile=512,
             transform=[
-                dict(type="Resize", height=512, width=512),
                 dict(type="RandomScale", scale_limit=(-0.5, 1.0), p=1.0),
-                dict(type="BalancedCrop", height=512, width=512, max_share=0.75, pad_if_needed=True),
+                dict(
+                    type="BalancedCrop",
+                    height=512,
+                    width=512,
+                    max_share=0.75,
+                    pad_if_needed=True,
+                    pad_position="top_left",
+                    fill=(124, 116, 104),
+                ),
                 dict(type="HorizontalFlip", p=0.5),
                 colours,
             ],
@@ -51,10 +59,17 @@ train_dataloader = dict(
             split=None,
             image_dir="Train/Rural/images_png",
             mask_dir="Train/Rural/masks_png",
+            tile=512,
             transform=[
-                dict(type="Resize", height=512, width=512),
                 dict(type="RandomScale", scale_limit=(-0.5, 1.0), p=1.0),
-                dict(type="RandomCrop", height=512, width=512, pad_if_needed=True),
+                dict(
+                    type="RandomCrop",
+                    height=512,
+                    width=512,
+                    pad_if_needed=True,
+                    pad_position="top_left",
+                    fill=(124, 116, 104),
+                ),
                 dict(type="HorizontalFlip", p=0.5),
                 colours,
             ],
@@ -67,14 +82,7 @@ train_dataloader = dict(
 val_dataloader = dict(
     batch_size=4,
     num_workers=4,
-    dataset=dict(
-        type=LoveDA,
-        split=None,
-        image_dir="Val/Rural/images_png",
-        mask_dir="Val/Rural/masks_png",
-        transform=[dict(type="Resize", height=512, width=512)],
-        native_masks=True,
-    ),
+    dataset=dict(type=LoveDA, split=None, image_dir="Val/Rural/images_png", mask_dir="Val/Rural/masks_png", tile=512),
     sampler=dict(type=EpochSampler, shuffle=False, round_up=False),
     collate_fn=dict(type=collate_masks),
 )

@@ -32,10 +32,18 @@ train_dataloader = dict(
     dataset=dict(
         type=LoveDA,
         split="train",
+        tile=512,
         transform=[
-            dict(type="Resize", height=512, width=512),
             dict(type="RandomScale", scale_limit=(-0.5, 1.0), p=1.0),
-            dict(type="BalancedCrop", height=512, width=512, max_share=0.75, pad_if_needed=True),
+            dict(
+                type="BalancedCrop",
+                height=512,
+                width=512,
+                max_share=0.75,
+                pad_if_needed=True,
+                pad_position="top_left",
+                fill=(124, 116, 104),
+            ),
             dict(type="HorizontalFlip", p=0.5),
             colours,
         ],
@@ -47,12 +55,7 @@ train_dataloader = dict(
 val_dataloader = dict(
     batch_size=4,
     num_workers=4,
-    dataset=dict(
-        type=LoveDA,
-        split="val",
-        transform=[dict(type="Resize", height=512, width=512)],
-        native_masks=True,
-    ),
+    dataset=dict(type=LoveDA, split="val", tile=512),
     sampler=dict(type=EpochSampler, shuffle=False, round_up=False),
     collate_fn=dict(type=collate_masks),
 )

@@ -130,8 +130,8 @@ def whole(kit):
     backbone.body.load_state_dict(base)
     adapted = Adapted(backbone)
     adapter = adapted.add("a", adapter_of(args["cloud_adapter_config"], layers))
-    modules = (f"{prefix}net.{n}." for n in range(len(layers)))  # theirs has more where not all blocks are adapted
-    official = Renamed(adapter, {k: v for k, v in given.items() if k.startswith((f"{prefix}cnn.", *modules))}, layers)
+    used = (f"{prefix}cnn.", *(f"{prefix}net.{n}." for n in range(len(layers))))  # theirs may have idle modules
+    official = Renamed(adapter, {k: v for k, v in given.items() if k.startswith(used)}, layers)
     adapted.set_trainable("a")
     adapted.train(kit.info["eval_or_train"] == "train")
     maps = adapted(fed["image"]).maps

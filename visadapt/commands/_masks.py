@@ -53,6 +53,26 @@ def _scene(args: argparse.Namespace, predictor: Any, path: Path, out: Path) -> A
     return predictor.predict_scene(path, out, key=predictor.key, **tiles, **memory)
 
 
+def _scenes(args: argparse.Namespace, predictor: Any, masks: dict[Path, Path]) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Results of scenes, with the mask for each; what holds for many of them is printed once."""
+    from ..datasets.files import UnreadableImage
+    from ..predict.bands import UnsuitableImage
+
+    told: set[str] = set()
+    for path, mask in masks.items():
+        try:
+            report = _scene(args, predictor, path, mask)
+        except (UnreadableImage, UnsuitableImage) as error:
+            if args.strict:
+                raise
+            yield path, {"error": str(error)}
+            continue
+        report.notes = [note for note in report.notes if note not in told]
+        told |= {*report.notes}
+        print("\n".join(report.lines()))
+        yield path, {"mask": str(mask), "without_class": report.nodata, "unreadable_blocks": report.unreadable}
+
+
 def _answers(
     args: argparse.Namespace, predictor: Any, paths: list[Path], out: Path, names: dict[Path, str]
 ) -> Iterator[tuple[Path, dict[str, Any]]]:
@@ -65,11 +85,7 @@ def _answers(
 
     palette = predictor.palette or default_palette(len(predictor.classes))
     scenes = [p for p in paths if p.suffix.lower() in SCENES]
-    for path in scenes:
-        mask = out / names[path].replace(".png", ".tif")
-        report = _scene(args, predictor, path, mask)
-        print("\n".join(report.lines()))
-        yield path, {"mask": str(mask), "without_class": report.nodata, "unreadable_blocks": report.unreadable}
+    yield from _scenes(args, predictor, {p: out / names[p].replace(".png", ".tif") for p in scenes})
     pictures = [p for p in paths if p not in scenes]
     found = predictor.predict_files(pictures, args.batch_size or 8, args.strict)
     for path, image, answer in tqdm(found, total=len(pictures), unit="image", disable=not sys.stderr.isatty()):

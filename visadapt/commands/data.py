@@ -28,12 +28,13 @@ def run(args: argparse.Namespace) -> int:
     from ..datasets.inspect import inspect, twice
 
     cfg = config.load(args.config, args.overrides)
-    findings, datasets = {}, {}
+    datasets = {}
     for part in ("train", "val", "test"):
         if cfg.get(f"{part}_dataloader") is not None:
             with refusals(f"{part}_dataloader"):
-                datasets[part] = Runner.build_dataloader(cfg[f"{part}_dataloader"], seed=0).dataset
-            findings[part] = inspect(datasets[part], progress=sys.stderr.isatty())
+                whole = Runner.build_dataloader(cfg[f"{part}_dataloader"], seed=0).dataset
+            datasets |= inner(part, whole)
+    findings = {part: inspect(dataset, progress=sys.stderr.isatty()) for part, dataset in datasets.items()}
     doubles = [*twice(findings)]
     told = {part: summary(found, datasets[part]) for part, found in findings.items()}
     if args.json:
@@ -45,6 +46,13 @@ def run(args: argparse.Namespace) -> int:
             print(f"equal files: {path} ({split}) and {path2} ({other})")
     refuse(findings, doubles)
     return 0
+
+
+def inner(part: str, dataset: Any) -> dict[str, Any]:
+    """The data sets that one is made of, by name; itself where it is made of none."""
+    made_of = {f"{part} {n}": one for n, one in enumerate(getattr(dataset, "parts", ()))}
+    made_of |= {f"{part} {name}": getattr(dataset, name) for name in ("source", "target") if hasattr(dataset, name)}
+    return made_of or {part: dataset}
 
 
 def summary(found: Any, dataset: Any) -> dict[str, Any]:

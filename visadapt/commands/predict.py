@@ -23,11 +23,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--weights", help="base weights in place of those that the adapter file names")
     parser.add_argument("--task", type=int, help="number of the images' task, for adapters of several tasks")
     parser.add_argument("--batch-size", type=positive, help="images or tiles at once")
-    parser.add_argument("--tile", type=positive, help="scenes: side of a tile in pixels; by the memory where not given")
+    tile = "scenes: side of a tile in pixels; not given, that of the square images of the evaluation, or by the memory"
+    parser.add_argument("--tile", type=positive, help=tile)
     parser.add_argument("--overlap", type=float, default=0.25, help="scenes: share of a side that tiles have in common")
     parser.add_argument("--memory", type=positive, metavar="MB", help="scenes: for all but the model; 1074 by default")
     parser.add_argument("--no-pictures", action="store_true", help="write the JSON lines only")
-    parser.add_argument("--strict", action="store_true", help="stop at the first unreadable image")
+    parser.add_argument("--strict", action="store_true", help="stop at the first image that cannot be read")
     parser.add_argument("--device", help="cpu or cuda; what there is by default")
 
 

@@ -15,6 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", default=[], help="a.b.c=value, for keys that the config has")
     parser.add_argument("--cfg-options", nargs="+", default=[], help="the same as positional overrides")
     parser.add_argument("--out", help="folder for report.json, confusion.png and predictions.png")
+    parser.add_argument("--device", help="cpu or cuda; what there is by default")
     parser.add_argument("--json", action="store_true", help="print the metrics as one JSON object")
 
 
@@ -24,9 +25,11 @@ def run(args: argparse.Namespace) -> int:
 
     from .. import config
     from ..engine import check_classes
+    from ..predict.from_file import available
     from ..registry import TASKS
     from ..run_report import evaluate, evaluation_files
 
+    device = available(args.device)
     cfg = config.load(args.config, [*args.overrides, *args.cfg_options])
     part = "test" if cfg.get("test_dataloader") is not None else "val"
     if cfg.get(f"{part}_dataloader") is None:
@@ -36,6 +39,7 @@ def run(args: argparse.Namespace) -> int:
     with refusals(f"{part}_dataloader"):
         loader = Runner.build_dataloader(cfg[f"{part}_dataloader"], seed=0)
     check_classes(task, loader.dataset, f"{part}_dataloader")
+    task.to(device)
     evaluator = Evaluator(cfg[f"{part}_evaluator"])
     evaluator.dataset_meta = loader.dataset.metainfo
     metrics = evaluate(task, loader, evaluator)

@@ -63,9 +63,8 @@ def train(cfg, work_dir: str | None = None, resume: str | None = None, overwrite
             runner.register_hook(written)
             print(task.adapted.trainable_report(task.heads), flush=True)
         runner.train()
-        if main_process:
-            for path in write_report(runner):
-                print(f"wrote {path}")
+        for path in write_report(runner):
+            print(f"wrote {path}")
     except OSError as error:
         if error.errno in FULL:
             error.filename = error.filename or str(folder)  # a full disk does not say where

@@ -21,7 +21,7 @@ from .files import UnreadableImage
 
 @dataclass
 class Bands:
-    """Running minimum, maximum, mean and standard deviation per band, over all pixels."""
+    """Running minimum, maximum, mean and standard deviation per band, over all pixels that have data."""
 
     count: int = 0
     low: Tensor | None = None
@@ -29,9 +29,11 @@ class Bands:
     total: Tensor | None = None
     squares: Tensor | None = None
 
-    def add(self, image: Tensor) -> None:
-        """Take in an image (C, H, W)."""
-        pixels = image.flatten(1).double()
+    def add(self, pixels: Tensor) -> None:
+        """Take in some pixels (C, N)."""
+        if not pixels.shape[1]:
+            return
+        pixels = pixels.double()
         found = pixels.amin(1), pixels.amax(1), pixels.sum(1), pixels.square().sum(1)
         if self.low is not None:
             low, high, total, squares = found
@@ -59,7 +61,7 @@ class Findings:
 
     Attributes:
         samples: how many it has.
-        sizes: how often each (height, width) occurs.
+        sizes: how many image files have each (height, width).
         bands: statistics.
         counts: of images or pixels per class; the last one is of ignored pixels.
         unit: "images" or "pixels".
@@ -88,7 +90,7 @@ def inspect(dataset: ImageDataset, progress: bool = False) -> Findings:
     dataset.transform, dataset.strict = None, True
     found = Findings(len(dataset))
     classes = len(dataset.classes)
-    found.counts = torch.zeros(classes + 1, dtype=torch.int64)
+    found.counts, seen = torch.zeros(classes + 1, dtype=torch.int64), set()
     for index in tqdm(range(len(dataset)), unit="sample", disable=not progress, leave=False):
         try:
             sample = dataset[index]
@@ -98,8 +100,7 @@ def inspect(dataset: ImageDataset, progress: bool = False) -> Findings:
         except InputError as error:
             found.wrong.append(str(error))
             continue
-        found.sizes[tuple(sample["inputs"].shape[1:])] += 1
-        found.bands.add(sample["inputs"])
+        _look(found, dataset, index, sample, seen)
         if "mask" in sample:
             found.unit, mask = "pixels", sample["mask"]
             found.counts += torch.bincount(mask.where(mask != IGNORED, classes).flatten(), minlength=classes + 1)
@@ -108,9 +109,32 @@ def inspect(dataset: ImageDataset, progress: bool = False) -> Findings:
         else:  # several labels per image
             found.counts[:classes] += torch.as_tensor(sample["label"]).long()
     for path in dict.fromkeys(dataset.paths):  # windows of one image share its file
-        if Path(path).is_file():
-            found.files.setdefault(hashlib.sha256(Path(path).read_bytes()).hexdigest(), []).append(path)
+        if Path(path).exists():
+            found.files.setdefault(checksum(Path(path)), []).append(path)
     return found
+
+
+def _look(found: Findings, dataset: ImageDataset, index: int, sample: dict[str, Any], seen: set[str]) -> None:
+    """Size and pixels of an image; without the pixels of a raster that have no data."""
+    image, size = sample["inputs"], tuple(sample["inputs"].shape[1:])
+    empty = None
+    if "mask" in sample:
+        pixels = dataset.pixels(index)
+        image, size, empty = torch.from_numpy(pixels.image).permute(2, 0, 1), pixels.size, pixels.empty
+    if dataset.paths[index] not in seen:
+        seen.add(dataset.paths[index])
+        found.sizes[size] += 1
+    found.bands.add(image.flatten(1) if empty is None else image[:, ~torch.from_numpy(empty)])
+
+
+def checksum(path: Path) -> str:
+    """sha256 of a file, or of all files in a folder in the order of their names."""
+    total = hashlib.sha256()
+    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+        with open(file, "rb") as content:
+            while block := content.read(1 << 20):
+                total.update(block)
+    return total.hexdigest()
 
 
 def twice(findings: Mapping[str, Findings]) -> Iterator[tuple[str, str, str, str]]:

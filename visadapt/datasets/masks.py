@@ -148,16 +148,17 @@ class SegmentationDataset(ImageDataset):
         Raises:
             UnreadableImage: it is missing or damaged.
         """
-        return _filled(self._pixels(index).image, self.windows[index], 0)
+        return _filled(self.pixels(index).image, self.windows[index], 0)
 
-    def _pixels(self, index: int) -> Pixels:
+    def pixels(self, index: int) -> Pixels:
+        """What is in the image file of a sample, or in its window."""
         image = read_image(self.paths[index], self.channels)
         window = self.windows[index]
         return Pixels(image if window is None else image[window.slices], image.shape[:2])
 
     def _load(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Image (H, W, C) and mask (H, W) uint8."""
-        pixels = self._pixels(index)
+        pixels = self.pixels(index)
         path, window = self.masks[index], self.windows[index]
         raw, size = read_mask(path, self.labels.colors is not None, window)
         if size != pixels.size:
@@ -167,7 +168,7 @@ class SegmentationDataset(ImageDataset):
         mask = self.labels(raw, path)
         if pixels.empty is not None:
             mask[pixels.empty] = IGNORED
-        if window is not None:  # the window before this one has these rows, the one beside it these columns
+        if window is not None and not self.training:  # the window above has these rows, the one beside it these columns
             mask[: -window.top % self.tile] = IGNORED
             mask[:, : -window.left % self.tile] = IGNORED
         return _filled(pixels.image, window, 0), _filled(mask, window, IGNORED)

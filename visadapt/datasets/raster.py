@@ -13,7 +13,7 @@ from ..registry import DATASETS
 from .base import data_root
 from .files import RESIZABLE, UnreadableImage
 from .masks import Pixels, SegmentationDataset, find_pairs
-from .raster_files import Header, read_bands, read_header
+from .raster_files import Header, cleaned, constant, read_bands, read_header
 
 
 @DATASETS.register_module()
@@ -141,7 +141,7 @@ class RasterSegDataset(SegmentationDataset):
             for (path, header), known in zip(sources, names)
         ]
 
-    def _pixels(self, index: int) -> Pixels:
+    def pixels(self, index: int) -> Pixels:
         planes, empty, size = {}, False, None
         for path, header, rows in self._places(index):
             size = size or header.size
@@ -150,19 +150,14 @@ class RasterSegDataset(SegmentationDataset):
                     f"{path} is {header.size}, {self.paths[index]} is {size} (height, width); both need one size"
                 )
             pixels = read_bands(path, list(rows.values()), self.windows[index])
-            pixels, without = _cleaned(pixels, header.nodata if self.nodata is None else self.nodata)
+            nodata = header.nodata if self.nodata is None else self.nodata
+            pixels, without = cleaned(pixels, False if nodata is None else pixels == nodata)
             planes.update(zip(rows, np.moveaxis(pixels, -1, 0)))
             empty = empty | without
         wanted = range(self.channels) if self.bands is None else self.bands
-        image = np.stack([planes[band] if band in planes else self._constant(pixels) for band in wanted], -1)
+        missing = None if len(planes) == len(wanted) else constant(self.fill, pixels.shape[:2], pixels.dtype)
+        image = np.stack([planes.get(band, missing) for band in wanted], -1)
         return Pixels(image if image.dtype in RESIZABLE else image.astype(np.float32), size, empty)
-
-    def _constant(self, pixels: np.ndarray) -> np.ndarray:
-        """A band (H, W) of `fill`, in the type of the other bands."""
-        limits = np.iinfo(pixels.dtype) if pixels.dtype.kind in "iu" else None
-        if limits and not (self.fill == int(self.fill) and limits.min <= self.fill <= limits.max):
-            raise InputError(f"fill={self.fill} is no value of {pixels.dtype} images")
-        return np.full(pixels.shape[:2], self.fill, pixels.dtype)
 
 
 def _first_header(images: Sequence[Path]) -> tuple[str, Header]:
@@ -177,10 +172,3 @@ def _first_header(images: Sequence[Path]) -> tuple[str, Header]:
         except UnreadableImage:  # told when its turn comes
             continue
     return str(images[-1]), read_header(images[-1])
-
-
-def _cleaned(pixels: np.ndarray, nodata: float | None) -> tuple[np.ndarray, np.ndarray]:
-    """Pixels (H, W, bands) with 0 where there are no data, and which of them are to be ignored, (H, W) bool."""
-    void = np.zeros(pixels.shape, bool) if nodata is None else pixels == nodata
-    broken = ~np.isfinite(pixels)
-    return np.where(void | broken, 0, pixels), void.all(-1) | broken.any(-1)

@@ -103,6 +103,38 @@ def read_bands(path: str | Path, rows: Sequence[int] | None = None, window: Wind
     return np.ascontiguousarray(image if rows is None else image[..., list(rows)])
 
 
+def cleaned(pixels: np.ndarray, void: np.ndarray | bool, axis: int = -1) -> tuple[np.ndarray, np.ndarray]:
+    """Values without data become 0; the one rule for the images of a training and the scenes of a prediction.
+
+    Args:
+        pixels: values of some bands, in the type of the file.
+        void: which of them the file, or who knows it, says to be no data; broadcast to `pixels`.
+        axis: that of the bands.
+
+    Returns:
+        The pixels with 0 for what is void or, as float32, not finite; and which pixels are empty: all their bands are
+        void, or any value is not finite. They have no class.
+    """
+    void = np.broadcast_to(void, pixels.shape)
+    if pixels.dtype.kind not in "f":
+        return np.where(void, 0, pixels), void.all(axis)
+    with np.errstate(over="ignore"):  # models take float32
+        broken = ~np.isfinite(pixels.astype(np.float32, copy=False))
+    return np.where(void | broken, 0, pixels), void.all(axis) | broken.any(axis)
+
+
+def constant(fill: float, shape: tuple[int, int], dtype: np.dtype) -> np.ndarray:
+    """A band (H, W) that the file does not have, in the type of its others.
+
+    Raises:
+        InputError: the type has no such value.
+    """
+    limits = np.iinfo(dtype) if dtype.kind in "iu" else None
+    if limits and not (fill == int(fill) and limits.min <= fill <= limits.max):
+        raise InputError(f"fill={fill} is no value of {dtype} images")
+    return np.full(shape, fill, dtype)
+
+
 def read_mask(
     path: str | Path, colored: bool = False, window: Window | None = None
 ) -> tuple[np.ndarray, tuple[int, int]]:

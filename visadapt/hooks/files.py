@@ -6,6 +6,7 @@ import json
 import math
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +15,51 @@ from tqdm import tqdm
 
 from .. import checkpoint
 from ..core.io import save_adapter
+from ..datasets.masks import RESIZING, SegmentationDataset
+from ..datasets.source_target import SourceTarget
 from ..errors import InputError
+from ..transforms.albu import Albu
 from .steps import metric_value
 
+OF_FILES = ("bands", "file_bands", "nodata", "fill", "palette")
+"""Attributes that a data set need not have. The first four say how it reads bands, and predictions read them alike."""
 
-def dataset_card(dataset: Any) -> dict[str, Any]:
-    """Class names, bands, colours and evaluation transforms of a dataset, for adapter files."""
+
+def dataset_card(dataset: Any, training: bool = False) -> dict[str, Any]:
+    """Class names, bands, colours and transforms of a data set, for adapter files.
+
+    The stored transforms are those that images go through before a prediction. An evaluation set has them. Those of a
+    training set augment, so of them only `unchanging` ones are stored.
+
+    Args:
+        dataset: what the model was evaluated on, or else trained on.
+        training: it was trained on.
+    """
+    if isinstance(dataset, SourceTarget):
+        dataset = dataset.source
+    known = {key: value for key in OF_FILES if (value := getattr(dataset, key, None)) is not None}
     transform = getattr(dataset, "transform", None)
-    known = {key: [*value] for key in ("bands", "palette") if (value := getattr(dataset, key, None)) is not None}
     return {
-        **known,
+        **{key: [*value] if isinstance(value, Iterable) else value for key, value in known.items()},
         "classes": list(getattr(dataset, "classes", ())),
-        "transforms": [] if transform is None else transform.to_json(),
+        "transforms": [] if transform is None else unchanging(dataset) if training else transform.to_json(),
         "channels": getattr(dataset, "channels", 3),
     }
+
+
+def unchanging(dataset: Any) -> list[dict[str, Any]]:
+    """Transforms of a training set, up to the first that is random: what follows is made for what that one leaves.
+
+    For class maps the first that does more than resize ends them as well. The map of a crop is no map of the image, and
+    without the crop the image has the scale that the model knows.
+    """
+    kept = []
+    for entry in dataset.transform.to_json():
+        step = Albu([entry], dataset.channels)
+        if step.is_random or (isinstance(dataset, SegmentationDataset) and not {*step.names} <= {*RESIZING}):
+            break
+        kept.append(entry)
+    return kept
 
 
 class AdapterFiles(Hook):
@@ -63,7 +95,7 @@ class AdapterFiles(Hook):
             return
         task = checkpoint.unwrap(runner.model)
         loop = runner.val_loop or runner.train_loop
-        extra = task.card() | dataset_card(loop.dataloader.dataset)
+        extra = task.card() | dataset_card(loop.dataloader.dataset, training=runner.val_loop is None)
         extra |= {"metrics": self.metrics, "epoch": runner.epoch, "iter": runner.iter, "seed": runner.seed}
         save_adapter(task.adapted, Path(runner.work_dir) / name, heads=task.heads, extra=extra)
 

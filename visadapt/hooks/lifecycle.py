@@ -1,16 +1,19 @@
-"""Hooks that call what adapters do around training: starts from data, schedules, the last tidying."""
+"""Hooks around the steps of adapters and heads: starts from data, schedules, the last tidying, shared statistics."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+from mmengine.dist import all_reduce_params
 from mmengine.hooks import Hook
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ..checkpoint import unwrap
 from ..core.progress import Progress
 from ..datasets.sampler import EpochSampler
+from .files import Checkpoints
 
 
 class Calibrate(Hook):
@@ -79,3 +82,51 @@ class Lifecycle(Hook):
         )
         for adapter in unwrap(runner.model).adapted.adapters.values():
             getattr(adapter, what)(progress)
+
+
+class MeanBuffers(Hook):
+    """Average the floating-point buffers of adapters and heads over the processes of a distributed run.
+
+    Each process keeps the running statistics of batch norms over the batches that it has seen. Before a validation they
+    are averaged, as all processes have to measure one model, and before a file is written, as it holds those of the
+    main process. They follow one momentum, so that their mean is the running average over the batches of all. Other
+    floating-point buffers (moments of gradients that all processes share, starts from data) are equal everywhere and
+    stay so bit for bit; integers (counts, indices, ranks) are equal too and have no mean. Left alone are buffers that
+    no file holds and those of the frozen backbone: no process changes them on its own.
+    """
+
+    priority = 25  # behind the last tidying, before files are written
+
+    def before_val_epoch(self, runner) -> None:
+        self._average(runner)
+
+    def after_train_epoch(self, runner) -> None:
+        self._average(runner)
+
+    def after_train_iter(self, runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        files = [h for h in runner.hooks if isinstance(h, Checkpoints) and not h.by_epoch]
+        if any(self.every_n_train_iters(runner, h.interval) for h in files):
+            self._average(runner)
+
+    def after_train(self, runner) -> None:
+        self._average(runner)
+
+    @classmethod
+    @torch.no_grad()
+    def _average(cls, runner) -> None:
+        if runner.world_size == 1:
+            return
+        buffers = cls._buffers(unwrap(runner.model))
+        means = [b.double() for b in buffers]  # the sum of equal float32 values is exact, and their mean the same value
+        all_reduce_params(means, op="mean")
+        for buffer, mean in zip(buffers, means):
+            buffer.copy_(mean)
+
+    @staticmethod
+    def _buffers(task: Any) -> list[Tensor]:
+        """Those that files hold."""
+        found = []
+        for module in (task.adapted.adapters, *task.heads.values()):
+            kept = module.state_dict().keys()
+            found += [b for n, b in module.named_buffers() if n in kept and b.is_floating_point()]
+        return found

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from fnmatch import fnmatchcase
 
 from mmengine.optim import OptimWrapper
 from mmengine.registry import OPTIM_WRAPPERS, OPTIMIZERS
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 from ..core.adapted import Adapted
 from ..errors import InputError, hint
 
-OPTIONS = ("layer_decay", "head_lr_mult", "decay_vectors", "loraplus_lr_ratio")
+OPTIONS = ("layer_decay", "head_lr_mult", "decay_vectors", "no_decay", "loraplus_lr_ratio")
+NORM_LAYERS = (nn.LayerNorm, nn.GroupNorm, _BatchNorm, _InstanceNorm)
 
 Pair = tuple[nn.Parameter, nn.Parameter, float]
 """A (r, i), B (o, r) and s of an update s B A."""
@@ -29,6 +33,8 @@ class TrainableGroups:
         paramwise_cfg: `layer_decay` d in (0, 1] gives block i of n the learning rate lr * d ** (n - i), the stem
             lr * d ** (n + 1), and what lies beyond the blocks or is shared by sites lr; `head_lr_mult` multiplies the
             heads' rate; `decay_vectors=False` (default True) leaves biases, norms and scales without weight decay;
+            `no_decay` is a list of name patterns such as "*query_embed*": what they match, and norm layers then, have
+            no weight decay;
             `loraplus_lr_ratio` multiplies the rate of the factor B of every pair (LoRA+, Hayou et al., 2024,
             arXiv 2402.12354, which has 16 with a smaller lr than LoRA's).
 
@@ -45,6 +51,9 @@ class TrainableGroups:
         self.decay, self.head_mult = self.options.get("layer_decay", 1.0), self.options.get("head_lr_mult", 1.0)
         if not 0 < self.decay <= 1:
             raise InputError(f"optim_wrapper.paramwise_cfg.layer_decay must be in (0, 1], got {self.decay}")
+        self.no_decay = self.options.get("no_decay")
+        if isinstance(self.no_decay, str):
+            raise InputError(f"optim_wrapper.paramwise_cfg.no_decay is a list, e.g. ['{self.no_decay}']")
         self.ratio = self.options.get("loraplus_lr_ratio", 1.0)
         for name, value in (("head_lr_mult", self.head_mult), ("loraplus_lr_ratio", self.ratio)):
             if not value > 0:
@@ -103,13 +112,32 @@ class TrainableGroups:
                 "use an adapter that has them, e.g. LoRA"
             )
 
+        spared = _spared(model, self.no_decay or ()) if self.no_decay is not None else set()
+
         def settings(parameter: nn.Parameter) -> tuple[float, bool]:
             height = heights.get(id(parameter))
             factor = self.head_mult if height is None else self.decay**height
             factor *= multipliers.get(id(parameter), 1.0) * (self.ratio if id(parameter) in faster else 1.0)
-            return factor, parameter.ndim > 1 or self.options.get("decay_vectors", True)
+            decays = parameter.ndim > 1 or self.options.get("decay_vectors", True)
+            return factor, decays and id(parameter) not in spared
 
         return settings
+
+
+def _spared(model: nn.Module, patterns: Sequence[str]) -> set[int]:
+    """Parameters of norm layers and those whose names match a pattern, by id.
+
+    Raises:
+        InputError: a pattern matches nothing that trains.
+    """
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    found = {id(p) for m in model.modules() if isinstance(m, NORM_LAYERS) for p in m.parameters(recurse=False)}
+    for pattern in patterns:
+        matched = [id(p) for n, p in trained.items() if fnmatchcase(n, pattern)]
+        if not matched:
+            raise InputError(f"optim_wrapper.paramwise_cfg.no_decay: '{pattern}' matches no parameter that trains")
+        found.update(matched)
+    return found
 
 
 def _multipliers(model: nn.Module) -> dict[int, float]:

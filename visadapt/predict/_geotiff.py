@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
+from ..datasets.files import UnreadableImage
+from ..datasets.raster_files import cleaned
 from ..errors import InputError
+from .bands import Bands, UnsuitableImage
 
 try:
     import rasterio
@@ -28,60 +30,56 @@ def open_raster(path: Path, mode: str = "r", **profile):
 class Scene:
     """A raster as tiles of values, with the pixels that hold none.
 
-    A pixel is empty where the file's nodata value, mask or alpha band says so, or where a value is not finite. With a
-    nodata value and several bands: unsigned types must hold it in all bands, since their 0 or 255 is also the value of
-    dark or bright pixels in single bands; in other types one band suffices. The model sees 0 in empty pixels.
+    Values without data are those that equal the nodata value, or that a mask of the file leaves out. What `cleaned`
+    says of them holds, as in training: they become 0, and a pixel is empty where all its bands have none.
 
     Args:
         path: the file.
-        channels: bands that the model takes.
-        bands: their names. Where the file names its bands too, they are taken by name, in this order. Otherwise the
-            file's bands are taken as they come, without an alpha band where that makes the count right.
+        bands: those that the model takes.
 
     Attributes:
         crs: the coordinate system, None where the file has none.
+        taken: names that the file does not give and its bands were taken to have, None where there are none.
         unreadable: damaged blocks met so far, each as (first column, first row, width, height).
 
     Raises:
-        InputError: the file is missing or no raster, or its bands are not those of the model.
+        UnreadableImage: the file is missing or no raster.
+        UnsuitableImage: its bands are not those of the model.
     """
 
-    def __init__(self, path: Path, channels: int, bands: Sequence[str] | None) -> None:
-        self.path = path
+    def __init__(self, path: Path, bands: Bands) -> None:
+        self.path, self.bands = path, bands
         try:
             self.raster = open_raster(path)
         except rasterio.errors.RasterioError as error:
-            raise InputError(f"{path} is missing, damaged or not a raster") from error
+            raise UnreadableImage(f"{path} is missing, damaged or not a raster") from error
         self.width, self.height = self.raster.width, self.raster.height
         self.crs = None if self.raster.crs is None else self.raster.crs.to_string()
-        self.indexes = self._choose(channels, bands)
+        alpha = [i for i, kind in enumerate(self.raster.colorinterp) if kind is ColorInterp.alpha]
+        self.places, self.taken = bands.places(path, self.raster.descriptions, alpha)
+        self.indexes = [place + 1 for place in self.places if place is not None]
         kinds = {self.raster.dtypes[i - 1] for i in self.indexes}
         if any(kind.startswith("complex") for kind in kinds):
-            raise InputError(f"{path} holds complex numbers; give the model whole or real ones")
+            raise UnsuitableImage(f"{path} holds complex numbers; give the model whole or real ones")
         self.dtype = np.uint8 if kinds == {"uint8"} else np.float32
-        unsigned = all(kind.startswith("uint") for kind in kinds)
-        flags = {flag for i in self.indexes for flag in self.raster.mask_flag_enums[i - 1]}
-        self.masked = flags != {MaskFlags.all_valid}
-        self.one_suffices = MaskFlags.nodata in flags and not unsigned
+        self.file_dtype = np.result_type(*kinds)
+        bands.filled(np.empty((len(self.indexes), 0, 0), self.file_dtype), self.places)  # an error now, not in a tile
+        told = self.raster.nodatavals
+        self.nodata = [told[i - 1] if bands.nodata is None else bands.nodata for i in self.indexes]
+        self.masked = self._is_masked(alpha)
         self.unreadable: set[tuple[int, int, int, int]] = set()
 
-    def _choose(self, channels: int, bands: Sequence[str] | None) -> list[int]:
-        names = self.raster.descriptions
-        if bands and any(names):
-            if missing := [name for name in bands if name not in names]:
-                raise InputError(
-                    f"{self.path} has the bands {_listed(names)} and the model takes {_listed(bands)}; "
-                    f"missing: {_listed(missing)}"
-                )
-            return [names.index(name) + 1 for name in bands]
-        found = [*self.raster.indexes]
-        if len(found) != channels:
-            found = [i for i in found if self.raster.colorinterp[i - 1] is not ColorInterp.alpha]
-        if len(found) != channels:
-            told = f" ({_listed(names)})" if any(names) else ""
-            wanted = f" ({_listed(bands)})" if bands else ""
-            raise InputError(f"{self.path} has {len(names)} bands{told} and the model takes {channels}{wanted}")
-        return found
+    def _is_masked(self, alpha: list[int]) -> bool:
+        """The file masks pixels, and not by a nodata value alone.
+
+        An alpha band is data where the model takes it or where it has another name: GDAL calls the fourth of four 8-bit
+        bands so, whatever it is.
+        """
+        names = self.taken if self.taken and len(self.taken) == self.raster.count else self.raster.descriptions
+        hiding = [i for i in alpha if i not in self.places and (names[i] or "alpha").lower() == "alpha"]
+        flags = [{*self.raster.mask_flag_enums[i - 1]} for i in self.indexes]
+        plain = {MaskFlags.all_valid}, {MaskFlags.nodata}
+        return any(f not in plain and (hiding or MaskFlags.alpha not in f) for f in flags)
 
     def close(self) -> None:
         self.raster.close()
@@ -103,21 +101,20 @@ class Scene:
         return values, empty
 
     def _read(self, window: Window) -> tuple[np.ndarray, np.ndarray]:
-        values = self.raster.read(self.indexes, window=window, out_dtype=self.dtype)
-        empty = np.zeros(values.shape[1:], bool)
+        values = self.raster.read(self.indexes, window=window, out_dtype=self.file_dtype)
+        void = np.zeros(values.shape, bool)
+        for plane, band, nodata in zip(void, values, self.nodata):
+            if nodata is not None:
+                np.equal(band, nodata, out=plane)
         if self.masked:
-            masks = self.raster.read_masks(self.indexes, window=window) == 0
-            empty |= masks.any(0) if self.one_suffices else masks.all(0)
-        if self.dtype == np.float32:
-            empty |= ~np.isfinite(values).all(0)
-        if empty.any():
-            values[:, empty] = 0
-        return values, empty
+            void |= self.raster.read_masks(self.indexes, window=window) == 0
+        values, empty = cleaned(values, void, axis=0)
+        return self.bands.filled(values, self.places).astype(self.dtype, copy=False), empty
 
     def _read_blocks(self, window: Window) -> tuple[np.ndarray, np.ndarray]:
         """What can be read of a window with damage: block by block of the file, the others empty."""
         high, wide = self.raster.block_shapes[0]
-        values = np.zeros((len(self.indexes), window.height, window.width), self.dtype)
+        values = np.zeros((len(self.places), window.height, window.width), self.dtype)
         empty = np.ones(values.shape[1:], bool)
         bottom, right = window.row_off + window.height, window.col_off + window.width
         for row in range(window.row_off // high * high, bottom, high):
@@ -132,7 +129,3 @@ class Scene:
                     block = col, row, min(wide, self.width - col), min(high, self.height - row)
                     self.unreadable.add(block)
         return values, empty
-
-
-def _listed(names: Sequence[str | None]) -> str:
-    return ", ".join(name or "unnamed" for name in names)

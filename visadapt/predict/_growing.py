@@ -162,5 +162,9 @@ class GrowingMask:
                 raise InputError(
                     f"cannot write {self.out}: {error}; {self.room()}; {self.partial} is complete, the next run goes on"
                 ) from error
+        self.discard()
+
+    def discard(self) -> None:
+        """Take the partial file away."""
         for finished in (self.journal, self.partial):
             os.unlink(finished)

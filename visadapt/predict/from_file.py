@@ -19,6 +19,7 @@ from ..datasets.files import UnreadableImage, read_image
 from ..errors import InputError
 from ..registry import TASKS
 from ..transforms.albu import Albu
+from .bands import Bands, UnsuitableImage
 
 
 def available(device: str | None) -> torch.device:
@@ -67,6 +68,13 @@ def manifest_of_task(path: str | os.PathLike) -> dict[str, Any]:
         raise InputError(f"{path} has the head {head['type']}, which is no registered one; predict cannot build it")
     if missing := [key for key in OF_TASKS if key not in manifest]:
         raise InputError(f"{path} does not say {', '.join(missing)}; predict needs the file of a training run")
+    for key in ("bands", "file_bands"):
+        names = manifest.get(key, [])
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise InputError(f"{path} is damaged: its {key} are no list of names")
+    for key in ("nodata", "fill"):
+        if not isinstance(manifest.get(key, 0), int | float):
+            raise InputError(f"{path} is damaged: its {key} is no number")
     return manifest
 
 
@@ -86,6 +94,7 @@ class FromFile:
         classes: class names.
         channels: bands of the images.
         bands: their names, None where they have none.
+        reading: how the bands of files become those of the images.
         palette: (r, g, b) of each class, None where the data set has none.
         key: checksum of the file.
         transform: what images go through first, None for nothing.
@@ -104,6 +113,13 @@ class FromFile:
         task: int | None = None,
     ) -> None:
         manifest = manifest_of_task(path)
+        self.classes: list[str] = manifest["classes"]
+        self.channels: int = manifest["channels"]
+        self.bands: list[str] | None = manifest.get("bands")
+        self.reading = Bands(self.channels, self.bands, *map(manifest.get, ("file_bands", "nodata", "fill")))
+        self.palette: list[tuple[int, ...]] | None = manifest.get("palette")
+        self.transform = Albu(manifest["transforms"], self.channels) if manifest["transforms"] else None
+        self.check_transform(path)
         self.device = available(device)
         backbone = {"type": manifest["backbone"]["type"], **manifest["backbone"]["arguments"]}
         if weights is not None:
@@ -111,11 +127,6 @@ class FromFile:
         head = {"type": manifest["heads"]["main"]["type"], **manifest["heads"]["main"]["arguments"]}
         self.task = TASKS.build({**manifest["task"], "backbone": backbone, "head": head})
         self.report = self.task.adapted.load(path, heads=self.task.heads)
-        self.classes: list[str] = manifest["classes"]
-        self.channels: int = manifest["channels"]
-        self.bands: list[str] | None = manifest.get("bands")
-        self.palette: list[tuple[int, ...]] | None = manifest.get("palette")
-        self.transform = Albu(manifest["transforms"], self.channels) if manifest["transforms"] else None
         self.key: str = manifest["sha256"]
         self.task_number = task
         adapted = self.task.adapted
@@ -123,6 +134,18 @@ class FromFile:
         if merge and task is None and any(p.folds and p.on for p in adapted.pieces()):
             adapted.merge()
         self.task.to(self.device).eval()
+
+    def check_transform(self, path: str | os.PathLike) -> None:
+        """Refuse a file whose transforms cannot stand before this prediction."""
+
+    def read(self, path: Path) -> np.ndarray:
+        """One image (H, W, C).
+
+        Raises:
+            UnreadableImage: it is missing or damaged.
+            UnsuitableImage: it is not what the model takes.
+        """
+        return read_image(path, self.channels)
 
     def predict(self, images: Sequence[np.ndarray]) -> list[dict[str, Any]]:
         """A prediction, as JSON values and arrays, for each image (H, W, C) of any size."""
@@ -144,13 +167,13 @@ class FromFile:
         Args:
             paths: image files.
             batch_size: images held at once.
-            strict: stop at the first unreadable file; otherwise it is given as (path, None, {"error": reason}).
+            strict: stop at the first file that cannot be read; otherwise it gives (path, None, {"error": reason}).
         """
         waiting: list[tuple[Path, np.ndarray | None, str]] = []
         for path in paths:
             try:
-                waiting.append((path, read_image(path, self.channels), ""))
-            except UnreadableImage as error:
+                waiting.append((path, self.read(path), ""))
+            except (UnreadableImage, UnsuitableImage) as error:
                 if strict:
                     raise
                 waiting.append((path, None, str(error)))

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ..datasets.files import UnreadableImage
 from ..errors import InputError
 from ..visualization.masks import default_palette
 from ._geotiff import Scene, rasterio
 from ._growing import GrowingMask, partial_path
+from .bands import Bands, listed
 from .windows import Grid, Job, RowBand, ramp
 
 MEMORY = 1 << 30
@@ -49,6 +51,7 @@ class SceneReport:
         crs: the coordinate system, None where the file has none.
         seconds: of the whole run.
         model_seconds: of these, inside the model.
+        notes: lines about how the scene was read.
     """
 
     out: Path
@@ -65,13 +68,15 @@ class SceneReport:
     crs: str | None
     seconds: float
     model_seconds: float
+    notes: list[str] = field(default_factory=list)
 
     def lines(self) -> list[str]:
         """The report for a person: the result, then what is unusual about it."""
         share = self.model_seconds / self.seconds if self.seconds else 0.0
         said = [
             f"wrote {self.out}: {self.width} x {self.height} pixels, {self.tiles} tiles of {self.tile} px, "
-            f"{self.batch} at once, {self.seconds:.1f} s, {share:.0%} of it in the model"
+            f"{self.batch} at once, {self.seconds:.1f} s, {share:.0%} of it in the model",
+            *self.notes,
         ]
         if self.crs is None:
             said.append("the scene has no coordinate system, and so has the mask")
@@ -211,6 +216,9 @@ def predict_scene(
     *,
     channels: int,
     bands: Sequence[str] | None = None,
+    file_bands: Sequence[str] | None = None,
+    nodata: float | None = None,
+    fill: float | None = None,
     tile: int | None = None,
     overlap: float = 0.25,
     batch: int | None = None,
@@ -223,9 +231,9 @@ def predict_scene(
     """Write the class map of a scene as a cloud-optimised GeoTIFF with the scene's coordinates.
 
     Tiles overlap, their scores are blended smoothly, and each pixel gets the class with the highest blended score; 255
-    (65535 where there are more than 255 classes) stands where the scene has no data, where its file is damaged, or
-    where scores are not finite. The scene is never in memory as a whole; see `plan` for the budget. The mask grows in
-    `<name>.partial.tif` beside `out`; after a kill the same call goes on from there.
+    (65535 where there are more than 255 classes) stands where the scene has no data, see `Scene`, where its file is
+    damaged, or where scores are not finite. The scene is never in memory as a whole; see `plan` for the budget. The
+    mask grows in `<name>.partial.tif` beside `out`; after a kill the same call goes on from there.
 
     Args:
         source: any raster that rasterio opens.
@@ -234,7 +242,10 @@ def predict_scene(
             device.
         classes: K names.
         channels: C.
-        bands: names of the C bands; see `Scene`.
+        bands: names of the C bands; see `Bands`, as are the arguments down to `fill`.
+        file_bands: names of the bands in scenes that do not name them.
+        nodata: the value without data; what the scene says where None.
+        fill: the value of bands that the scene does not have; None makes that an error.
         tile: side in pixels; as `plan` says where None.
         overlap: share of a tile's side that neighbours have in common.
         batch: tiles at once; as `plan` says where None. Halved when memory runs out.
@@ -245,7 +256,9 @@ def predict_scene(
         colors: red, green and blue per class, 0 to 255; easily told apart ones where None.
 
     Raises:
-        InputError: something about the files, the bands, the arguments or the free space is wrong, which is found
+        UnreadableImage: the scene is missing or no raster, or none of its pixels can be read.
+        UnsuitableImage: its bands are not those of the model.
+        InputError: something about the files, the arguments or the free space is wrong, which is found
             before the first call of the model; or memory, or the disk, does not suffice later on.
     """
     start = time.perf_counter()
@@ -254,7 +267,8 @@ def predict_scene(
     colors = default_palette(len(classes)) if colors is None else [tuple(map(int, color)) for color in colors]
     if not classes or len(colors) != len(classes):
         raise InputError(f"{len(classes)} classes and {len(colors)} colours; a colour for each class is needed")
-    with rasterio.Env(GDAL_CACHEMAX=memory // 8), closing(Scene(source, channels, bands)) as scene:
+    reading = Bands(channels, bands, file_bands, nodata, fill)
+    with rasterio.Env(GDAL_CACHEMAX=memory // 8), closing(Scene(source, reading)) as scene:
         grid, batch = plan(scene.width, scene.height, channels, len(classes), tile, overlap, batch, memory)
         mask, scorer = GrowingMask(out, scene, classes, colors), Scorer(score, len(classes), batch)
         if said := mask.start(_settings(source, scene, grid, classes, colors, key), resume):
@@ -262,12 +276,14 @@ def predict_scene(
         resumed = mask.share("pixels")
         tiles = _fill(mask, scene, grid, scorer, progress)
         if mask.unreadable and mask.share("nodata") == 1:
-            raise InputError(f"{source} is damaged: none of its pixels can be read")
+            mask.discard()
+            raise UnreadableImage(f"{source} is damaged: none of its pixels can be read")
         mask.publish()
     return SceneReport(
         *(out, scene.width, scene.height, grid.tile, scorer.batch, scorer.halvings, tiles, resumed),
         *(mask.share("nodata"), mask.counts["unscored"], sorted(mask.unreadable), scene.crs),
         *(time.perf_counter() - start, scorer.seconds),
+        [f"the scene does not name its bands; taken as {listed(scene.taken)}"] if scene.taken else [],
     )
 
 
@@ -289,7 +305,9 @@ def _settings(
     about = source.stat()
     file = f"{source.resolve()} {about.st_size} {about.st_mtime_ns}"
     look = hashlib.sha256(repr(([*classes], [tuple(c) for c in colors])).encode()).hexdigest()
-    given = {"scene": file, "bands": scene.indexes, "tile": grid.tile, "overlap": grid.shared, "strips": grid.strips}
+    given = {"scene": file, "bands": scene.places, "tile": grid.tile, "overlap": grid.shared, "strips": grid.strips}
+    for name, value in {"nodata": scene.bands.nodata, "fill": scene.bands.fill}.items():
+        given[name] = None if value is None else str(value)  # a NaN is not equal to itself
     return given | {"classes": look, "model": key}
 
 

@@ -83,7 +83,8 @@ class Segmenter(AdaptedTask):
         """Scores (B, K, h, w) resized to the images, without what the backbone padded at the bottom and the right."""
         h, w = inputs.shape[2:]
         padded = self.adapted.backbone.pad(inputs[:1, :1]).shape[2:]
-        return F.interpolate(scores, padded, mode="bilinear", align_corners=False)[..., :h, :w]
+        # in float32: gradients of many pixels meet in one cell
+        return F.interpolate(scores.float(), padded, mode="bilinear", align_corners=False)[..., :h, :w]
 
     def forward(
         self,

@@ -22,7 +22,9 @@ class BalancedCrop(A.RandomCrop):
         height: of the crop, in pixels.
         width: of the crop, in pixels.
         max_share: the highest share of one class, in (0, 1].
-        pad_if_needed: pad smaller images, with 0 and an ignored mask; else they are an error.
+        pad_if_needed: pad smaller images, with `fill` and an ignored mask; else they are an error.
+        pad_position: where the image then stands, e.g. "center" or "top_left".
+        fill: value of added pixels, one number or one per band.
         p: chance that an image is cropped at all.
 
     Raises:
@@ -32,11 +34,20 @@ class BalancedCrop(A.RandomCrop):
     targets_as_params = ("mask",)
 
     def __init__(
-        self, height: int, width: int, max_share: float = 0.75, pad_if_needed: bool = False, p: float = 1.0
+        self,
+        height: int,
+        width: int,
+        max_share: float = 0.75,
+        pad_if_needed: bool = False,
+        pad_position: str = "center",
+        fill: float | tuple[float, ...] = 0,
+        p: float = 1.0,
     ) -> None:
         if not 0 < max_share <= 1:
             raise InputError(f"BalancedCrop: max_share must be in (0, 1], got {max_share}")
-        super().__init__(height=height, width=width, pad_if_needed=pad_if_needed, p=p)
+        super().__init__(
+            height=height, width=width, pad_if_needed=pad_if_needed, pad_position=pad_position, fill=fill, p=p
+        )
         self.max_share = max_share
 
     def get_params_dependent_on_data(self, params: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:

@@ -29,11 +29,11 @@ model = dict(
     ),
     head=dict(type=LinearSegHead, num_classes=2),
 )
-train_cfg = dict(by_epoch=True, max_epochs=12, val_interval=12)
+train_cfg = dict(by_epoch=True, max_epochs=6, val_interval=6)
 optim_wrapper = dict(
     type=AutocastOptimWrapper,
     constructor=TrainableGroups,
     optimizer=dict(type=AdamW, lr=1e-3, weight_decay=0.01),
 )
-param_scheduler = dict(type=CosineAnnealingLR, T_max=12, by_epoch=True, convert_to_iter_based=True)
+param_scheduler = dict(type=CosineAnnealingLR, T_max=6, by_epoch=True, convert_to_iter_based=True)
 custom_hooks = [dict(type=AdapterFiles, monitor="miou")]

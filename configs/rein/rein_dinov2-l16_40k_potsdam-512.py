@@ -1,0 +1,73 @@
+"""Rein (arXiv 2312.04265) as published, for Potsdam: 100 tokens of rank 16, linked to the queries of Mask2Former.
+
+The authors train on street scenes; the schedule is theirs, the data are those of Earth-Adapter's comparison. Tokens and
+strength have no weight decay, as published.
+2,990,081 trainable parameters and the head's 20,576,455.
+"""
+
+from mmengine.config import read_base
+from mmengine.optim import PolyLR
+
+from visadapt.adapters.rein import Rein
+from visadapt.datasets.isprs import Potsdam
+from visadapt.datasets.masks import collate_masks
+from visadapt.datasets.sampler import EpochSampler
+from visadapt.heads.mask2former import Mask2FormerHead
+from visadapt.hooks.files import Checkpoints
+from visadapt.tasks.segment import Segmenter
+
+with read_base():
+    from .._base_.mask2former_l16 import *
+    from .._base_.runtime import *
+
+model = dict(
+    type=Segmenter,
+    backbone=dict(vit_l16, arch=dict(patch_size=16, img_size=512)),
+    neck=pyramid,
+    adapters=dict(main=dict(type=Rein)),
+    head=dict(type=Mask2FormerHead, num_classes=6, linked_queries=True),
+)
+train_dataloader = dict(
+    batch_size=4,
+    num_workers=4,
+    dataset=dict(
+        type=Potsdam,
+        split="train",
+        transform=[
+            dict(type="Resize", height=512, width=512),
+            dict(type="RandomScale", scale_limit=(-0.5, 1.0), p=1.0),
+            dict(
+                type="BalancedCrop",
+                height=512,
+                width=512,
+                max_share=0.75,
+                pad_if_needed=True,
+                pad_position="top_left",
+                fill=(124, 116, 104),
+            ),
+            dict(type="HorizontalFlip", p=0.5),
+            colours,
+        ],
+        training=True,
+    ),
+    sampler=dict(type=EpochSampler, shuffle=True, endless=True),
+    collate_fn=dict(type=collate_masks),
+)
+val_dataloader = dict(
+    batch_size=4,
+    num_workers=4,
+    dataset=dict(
+        type=Potsdam,
+        split="val",
+        transform=[dict(type="Resize", height=512, width=512)],
+        native_masks=True,
+    ),
+    sampler=dict(type=EpochSampler, shuffle=False, round_up=False),
+    collate_fn=dict(type=collate_masks),
+)
+optim_wrapper.update(
+    paramwise_cfg=dict(no_decay=["*.level_embed.*", "adapted.adapters.*.pieces.*", "*.refiner.strength"])
+)
+train_cfg = dict(by_epoch=False, max_iters=40000, val_interval=2000)
+param_scheduler = dict(type=PolyLR, power=0.9, eta_min=0.0, begin=0, end=40000, by_epoch=False)
+default_hooks = dict(checkpoint=dict(type=Checkpoints, interval=2000, by_epoch=False, keep=2))
