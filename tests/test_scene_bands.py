@@ -184,7 +184,7 @@ def test_other_values_without_data_start_anew(run, tmp_path, capsys):
         return x.float()
 
     calls = []
-    options = dict(source=source, batch=1, overlap=0, memory=140_000)
+    options = dict(source=source, batch=1, overlap=0)
     with pytest.raises(KeyError):
         run(fails, **options)
     report, _ = run(**options, nodata=5)

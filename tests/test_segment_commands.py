@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
 import pytest
 
 from visadapt.cli import main
+from visadapt.core.io import read_manifest, save_adapter
+from visadapt.datasets.base import ClassificationDataset
+from visadapt.datasets.raster import RasterSegDataset
+from visadapt.errors import InputError
+from visadapt.hooks.files import AdapterFiles, dataset_card
+from visadapt.predict.mask import MaskPredictor
 
 rasterio = pytest.importorskip("rasterio")
 
 CLASSES = ("dark", "bright")
+BANDS = ["B02", "B03", "B04", "B08"]
 CONFIG = """
 from mmengine.config import read_base
 from mmengine.optim import CosineAnnealingLR
@@ -172,6 +180,169 @@ def test_predict_refuses_other_bands_and_too_many_images(run, tmp_path, capsys):
     assert "1 bands and the model takes 4" in error(capsys)
     assert main(["predict", adapter, str(run / "val"), "--out", str(tmp_path / "m.tif")]) == 2
     assert "is one mask, for one scene" in error(capsys)
+
+
+def stored(run: Path, path: Path, **card) -> str:
+    """The adapter file of the run with another card."""
+    task = MaskPredictor(run / "run/adapter_best.safetensors", merge=False).task
+    known = {"classes": CLASSES, "channels": 4, "bands": BANDS, "transforms": []}
+    return str(save_adapter(task.adapted, path, heads=task.heads, extra=task.card() | known | card))
+
+
+def resize(height: int, width: int, **options) -> dict:
+    return dict(type="Resize", height=height, width=width, **options)
+
+
+@pytest.mark.parametrize(
+    "transform, options, tile, said",
+    [
+        (
+            resize(56, 56),
+            {},
+            56,
+            "images resized to 56 x 56; the scene is read in tiles of 56 px at its own resolution",
+        ),
+        (resize(56, 56), {"tile": 42}, 42, "images resized to 56 x 56; the scene is read in tiles of 42 px at"),
+        (resize(56, 70), {}, 160, "images after Resize; the scene is read in tiles of 160 px at its own resolution"),
+        (dict(type="LongestMaxSize", max_size=56), {}, 160, "images after LongestMaxSize; the scene is read in tiles"),
+    ],
+)
+def test_scene_of_a_model_that_saw_resized_images(run, tmp_path, transform, options, tile, said):
+    image, truth = scene(100, 150, 7)
+    write_raster(tmp_path / "scene.tif", image)
+    predictor = MaskPredictor(stored(run, tmp_path / "a.safetensors", transforms=[transform]))
+    report = predictor.predict_scene(tmp_path / "scene.tif", tmp_path / "mask.tif", **options)
+    assert report.tile == tile and report.lines()[1].startswith(f"the model was evaluated on {said}")
+    plain = MaskPredictor(run / "run/adapter_best.safetensors")
+    assert len(plain.predict_scene(tmp_path / "scene.tif", tmp_path / "plain.tif", tile=tile).lines()) == 1
+    with rasterio.open(tmp_path / "mask.tif") as mask, rasterio.open(tmp_path / "plain.tif") as wanted:
+        assert np.array_equal(mask.read(1), wanted.read(1)) and (mask.read(1) == truth).mean() > 0.85
+
+
+def test_chips_of_a_model_that_saw_resized_images(run, tmp_path, capsys):
+    adapter = stored(run, tmp_path / "a.safetensors", transforms=[resize(56, 56)])
+    assert main(["predict", adapter, str(run / "val"), "--out", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr().out
+    assert said.count("tiles of 56 px,") == 4 and said.count("images resized to 56 x 56") == 1
+
+
+@pytest.mark.parametrize(
+    "transforms, named",
+    [
+        ([dict(type="CenterCrop", height=28, width=28)], "CenterCrop"),
+        ([resize(56, 56), dict(type="RandomCrop", height=28, width=28)], "RandomCrop"),
+        ([resize(56, 56, p=0.5)], "random resizing"),
+    ],
+)
+def test_transforms_that_are_no_resizing_are_refused(run, tmp_path, capsys, transforms, named):
+    adapter = stored(run, tmp_path / "a.safetensors", transforms=transforms)
+    np.save(tmp_path / "a.npy", scene(42, 56, 3)[0])
+    assert main(["predict", adapter, str(tmp_path / "a.npy"), "--out", str(tmp_path / "out")]) == 2
+    assert f"a.safetensors: images were evaluated after {named}, and a class map is of a whole" in error(capsys)
+
+
+CROP, FLIP = dict(type="RandomCrop", height=28, width=28), dict(type="HorizontalFlip", p=0.5)
+
+
+@pytest.mark.parametrize(
+    "transforms, of_labels, of_maps",
+    [
+        ([CROP, FLIP], [], []),
+        ([resize(56, 56), FLIP, resize(28, 28)], [resize(56, 56)], [resize(56, 56)]),
+        ([dict(type="CenterCrop", height=28, width=28)], [dict(type="CenterCrop", height=28, width=28)], []),
+        ([CROP, resize(14, 14)], [], []),
+        (None, [], []),
+    ],
+)
+def test_of_training_transforms_those_that_change_nothing_are_stored(run, tmp_path, transforms, of_labels, of_maps):
+    maps = RasterSegDataset(
+        run / "val", run / "val_masks", CLASSES, mask_suffix=".png", transform=transforms, training=True
+    )
+    labels = ClassificationDataset(maps.paths, [0] * 4, CLASSES, transforms, channels=4, training=True)
+    for dataset, wanted in ((labels, of_labels), (maps, of_maps)):
+        assert dataset_card(dataset, training=True)["transforms"] == wanted
+        assert dataset_card(dataset)["transforms"] == (transforms or [])
+        task = MaskPredictor(run / "run/adapter_best.safetensors", merge=False).task
+        loop = SimpleNamespace(dataloader=SimpleNamespace(dataset=dataset))
+        loops = {"val_loop": None, "train_loop": loop}, {"val_loop": loop, "train_loop": None}
+        for given, stays in zip(loops, (wanted, transforms or [])):
+            AdapterFiles().after_train(
+                SimpleNamespace(rank=0, model=task, epoch=1, iter=1, seed=0, work_dir=tmp_path, **given)
+            )
+            assert read_manifest(tmp_path / "adapter_last.safetensors")["transforms"] == stays
+
+
+def test_files_are_read_as_in_training(run, tmp_path):
+    """Bands without names and a value without data that only the config knows, in a tif and in an npy."""
+    image, truth = scene(42, 56, 5)
+    whole = np.random.default_rng(0).integers(0, 900, (42, 56, 6)).astype(np.int16)
+    whole[..., [4, 1, 5, 2]] = image
+    for folder in ("images", "masks"):
+        (tmp_path / folder).mkdir()
+    whole[:5, :9, [4, 1, 5, 2]], whole[10:14, :, 4] = -9999, -9999
+    profile = dict(driver="GTiff", height=42, width=56, count=6, dtype="int16")
+    with rasterio.open(tmp_path / "images/a.tif", "w", **profile) as raster:
+        raster.write(np.moveaxis(whole, -1, 0))
+    np.save(tmp_path / "a.npy", whole)
+    cv2.imwrite(str(tmp_path / "masks/a.png"), truth)
+    options = dict(bands=BANDS, file_bands=["B01", "B03", "B08", "B09", "B02", "B04"], nodata=-9999)
+    data = RasterSegDataset(tmp_path / "images", tmp_path / "masks", CLASSES, mask_suffix=".png", **options)
+    predictor = MaskPredictor(stored(run, tmp_path / "a.safetensors", **dataset_card(data)))
+    report = predictor.predict_scene(tmp_path / "images/a.tif", tmp_path / "mask.tif", tile=56)
+    assert report.lines()[1].endswith("does not name its bands; taken as B01, B03, B08, B09, B02, B04")
+    with rasterio.open(tmp_path / "mask.tif") as raster:
+        mask = raster.read(1)
+    assert np.array_equal(mask == 255, data[0]["mask"].numpy() == 255) and (mask == 255).sum() == 45
+    assert (mask == truth)[mask < 255].mean() > 0.85
+
+    ((_, _, answer),) = predictor.predict_files([tmp_path / "a.npy"])
+    inputs = data[0]["inputs"].numpy().transpose(1, 2, 0)
+    wanted = MaskPredictor(run / "run/adapter_best.safetensors").predict([inputs])[0]["mask"]
+    wanted[mask == 255] = 255
+    assert np.array_equal(answer["mask"], wanted)
+    assert sum(answer["shares"].values()) == pytest.approx(1 - 45 / (42 * 56), abs=1e-5)
+
+
+def test_an_npy_without_a_band_that_is_filled(run, tmp_path):
+    image, _ = scene(42, 56, 5)
+    image = image.astype(np.float32)
+    image[:3, :7, 1:], image[20, 5, 2] = -1, np.nan
+    np.save(tmp_path / "a.npy", image[..., 1:])
+    card = dict(file_bands=BANDS[1:], fill=100, nodata=-1)
+    ((_, shown, answer),) = MaskPredictor(stored(run, tmp_path / "a.safetensors", **card)).predict_files(
+        [tmp_path / "a.npy"]
+    )
+    image[..., 0] = 100
+    image[:3, :7, 1:] = image[20, 5, 2] = 0
+    wanted = MaskPredictor(run / "run/adapter_best.safetensors").predict([image])[0]["mask"]
+    wanted[:3, :7] = wanted[20, 5] = 255
+    assert shown.shape == image.shape and np.array_equal(answer["mask"], wanted)
+
+
+@pytest.mark.parametrize("card", [dict(nodata="0"), dict(fill=[1]), dict(file_bands="B02"), dict(bands=[2, 3, 4, 8])])
+def test_cards_of_other_types_are_refused(run, tmp_path, card):
+    with pytest.raises(InputError, match=f"a.safetensors is damaged: its {[*card][0]} "):
+        MaskPredictor(stored(run, tmp_path / "a.safetensors", **card))
+
+
+def test_unsuitable_files_among_many_are_told(run, tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    write_raster(tmp_path / "in/a.tif", scene(42, 56, 3)[0])
+    (tmp_path / "in/b.tif").write_bytes((tmp_path / "in/a.tif").read_bytes()[:60])
+    with rasterio.open(tmp_path / "in/c.tif", "w", driver="GTiff", height=20, width=20, count=1, dtype="uint8") as one:
+        one.write(np.ones((1, 20, 20), np.uint8))
+    np.save(tmp_path / "in/d.npy", scene(42, 56, 3)[0])
+    np.save(tmp_path / "in/e.npy", np.ones((9, 9, 2)))
+    words = ["predict", str(run / "run/adapter_best.safetensors"), str(tmp_path / "in"), "--out", str(tmp_path / "out")]
+    assert main(words) == 0
+    assert "2 images, wrote" in (said := capsys.readouterr().out) and "3 unreadable, marked with 'error'" in said
+    rows = [json.loads(line) for line in (tmp_path / "out/predictions.jsonl").read_text().splitlines()]
+    wrong = {Path(row["path"]).name: row["error"] for row in rows if "error" in row}
+    assert [*wrong] == ["b.tif", "c.tif", "e.npy"]
+    assert "b.tif" in wrong["b.tif"] and "damaged" in wrong["b.tif"]
+    assert "c.tif has 1 bands and the model takes 4 (B02" in wrong["c.tif"] and "e.npy has 2 bands" in wrong["e.npy"]
+    assert main([*words, "--strict"]) == 2 and "b.tif" in error(capsys)
+    assert not [*(tmp_path / "out").glob("*partial*")]
 
 
 def test_data_check_counts_and_finds_what_is_wrong(run, tmp_path, capsys):
