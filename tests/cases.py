@@ -101,6 +101,14 @@ CASES = [
     Case("BiAdaptFormer", dict(width=4, bits=2), kit="petl_adaptformer"),
     Case("BiLoRA", dict(rank=3, targets=("q", "proj", "fc2")), kit="petl_lora"),
     Case("BitFit"),
+    Case("CloudAdapter", dict(width=8, rank=2), kit="cloud_adapter"),
+    Case(
+        "CloudAdapter", dict(width=8, rank=None, perception="convnext", context="levels"), kit="cloud_adapter_convnext"
+    ),
+    Case("CloudAdapter", dict(width=8, interaction="gate", global_groups=2), kit="cloud_adapter_pmaaint"),
+    Case(
+        "CloudAdapter", dict(width=8, rank=2, context="last", depth=3, pool=True, stem=False), kit="cloud_adapter_spm"
+    ),
     Case("CoLoRA", dict(budget=0.2, targets=("q", "fc2", "patch"))),
     Case("ConvBranch", dict(width=8)),
     Case("ConvLoRA", dict(rank=2, targets=("q", "fc2", "patch")), kit="dscf_conv"),

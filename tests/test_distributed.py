@@ -10,12 +10,17 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+from mmengine.config import Config
 from safetensors.torch import load_file, save_file
 
+from visadapt import engine
 from visadapt.backbones.timm_vit import TimmViT
 from visadapt.cli import main
+from visadapt.commands.train import train as train_here
 from visadapt.core.io import read_manifest
 from visadapt.datasets.digits import Digits
+from visadapt.errors import InputError
 
 ROOT = Path(__file__).parent.parent
 ARCH = {"depth": 2, "embed_dim": 48, "num_heads": 3, "init_values": 1.0}
@@ -161,3 +166,17 @@ def test_processes_share_buffers_and_the_last_evaluation(folder, loop, together,
     words = ["test", str(folder / f"{loop}.py"), str(run / "adapter_best.safetensors"), "--device", "cpu", "--json"]
     assert main(words) == 0
     assert json.loads(capsys.readouterr().out)["top1"] == best["metrics"]["top1"]
+
+
+def test_a_process_that_fails_does_not_wait_for_the_rest(tmp_path, monkeypatch):
+    """They may be waiting for its gradients; the group is left, so that they notice."""
+
+    def build(cfg):
+        raise InputError("full disk")
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    monkeypatch.setattr(engine, "barrier", lambda: pytest.fail("waits for the others"))
+    monkeypatch.setattr(engine, "build_runner", build)
+    with pytest.raises(InputError, match="full disk"):
+        train_here(Config({}, filename="c.py"), str(tmp_path / "run"))
+    assert not dist.is_initialized()

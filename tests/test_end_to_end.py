@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -319,21 +318,6 @@ def test_early_stop(config, tmp_path):
     assert sum("val/top1" in line for line in lines) == 2
 
 
-@pytest.mark.ddp
-def test_two_processes(config, tmp_path):
-    """torchrun with gloo: both processes finish and one adapter file appears."""
-    folder = tmp_path / "ddp"
-    start = time.time()
-    result = subprocess.run(
-        ["sh", "tools/dist_train.sh", str(config), "2", "--work-dir", str(folder)],
-        **{**BOUND, "env": {**BOUND["env"], "PYTHON": sys.executable}},
-    )
-    assert result.returncode == 0, result.stderr[-2000:]
-    assert (folder / "adapter_best.safetensors").exists() and time.time() - start < 200
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert lines[-1]["step"] == 20  # half the steps: each process sees half of every epoch
-
-
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
@@ -443,6 +427,25 @@ def test_test_takes_the_adapters_of_the_file_and_counts_what_it_cannot_read(conf
         found.append(json.loads(capsys.readouterr().out))
     assert found[0] == found[1] and (found[0]["images"], found[0]["unreadable"]) == (10, 1)
     assert main(words) == 0 and "1 unreadable images were left out" in capsys.readouterr().out
+
+
+def test_test_runs_on_the_device_that_is_asked_for(config, run, capsys, monkeypatch):
+    from visadapt.errors import InputError
+    from visadapt.predict import from_file
+    from visadapt.tasks.classify import ImageClassifier
+
+    words = ["test", str(config), str(run / "adapter_best.safetensors")]
+    assert main([*words, "--device", "cuda:99"]) == 2
+    assert "no device 'cuda:99' here; there is cpu" in error_line(capsys)
+
+    def forward(task, inputs, **batch):
+        raise InputError(f"on {sorted({inputs.device.type, *(p.device.type for p in task.parameters())})}")
+
+    monkeypatch.setattr(ImageClassifier, "forward", forward)
+    monkeypatch.setattr(from_file, "available", lambda device: torch.device("meta" if device is None else "cpu"))
+    for device, expected in (([], "on ['meta']"), (["--device", "cpu"], "on ['cpu']")):
+        assert main([*words, *device]) == 2
+        assert expected in error_line(capsys)
 
 
 # ---- predict, merge and convert on odd input -------------------------------------------------------------------------

@@ -50,8 +50,10 @@ def in_training(folder: Path, **options):
 
 @pytest.mark.parametrize(
     "dtype, void",
-    [("uint8", 0), ("uint16", 0), ("int16", 0), ("int16", -9999), ("int32", 2**31 - 1), ("float32", -3.4028235e38)]
-    + [("float64", -1.7e308), ("float32", 0)],
+    [
+        *(("uint8", 0), ("uint16", 0), ("int16", 0), ("int16", -9999), ("int32", 2**31 - 1)),
+        *(("float32", -3.4028235e38), ("float64", -1.7e308), ("float32", 0)),
+    ],
 )
 @pytest.mark.parametrize("told", ["by the file", "by the user", "by both"])
 @pytest.mark.parametrize(

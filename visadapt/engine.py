@@ -134,8 +134,13 @@ def build_runner(cfg: Config) -> AdaptRunner:
     return runner
 
 
-def close() -> None:
-    """Leave the process group; without this a finished run can abort at exit."""
+def close(failed: bool = False) -> None:
+    """Leave the process group; without this a finished run can abort at exit.
+
+    Args:
+        failed: do not wait for the other processes, which may be waiting for this one's share of a step.
+    """
     if dist.is_available() and dist.is_initialized():
-        barrier()
+        if not failed:
+            barrier()
         dist.destroy_process_group()

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -55,19 +55,19 @@ def tiny_backbone(config: dict[str, Any], seed: int = 0) -> Backbone:
         torch.manual_seed(seed)
         backbone = BACKBONES.build(config)
     noise(backbone, seed=seed)
-    _settle(backbone.eval(), seed)
+    side, generator = 2 * backbone.patch, torch.Generator().manual_seed(seed)
+    settle(backbone.eval(), lambda: backbone(torch.randn(4, backbone.in_chans, side, side, generator=generator)))
     return backbone
 
 
 @torch.no_grad()
-def _settle(backbone: Backbone, seed: int) -> None:
-    """Set the statistics of all batch norms to those of one batch."""
-    norms = [module for module in backbone.modules() if isinstance(module, nn.BatchNorm2d)]
+def settle(parts: nn.Module, run: Callable[[], Any]) -> None:
+    """Set the statistics of all batch norms in `parts` to those of what `run` sends through them."""
+    norms = [module for module in parts.modules() if isinstance(module, nn.BatchNorm2d)]
     for norm in norms:
         norm.training, norm.momentum = True, 1.0
     if norms:
-        side, generator = 2 * backbone.patch, torch.Generator().manual_seed(seed)
-        backbone(torch.randn(4, backbone.in_chans, side, side, generator=generator))
+        run()
     for norm in norms:
         norm.training, norm.momentum = False, 0.1
 

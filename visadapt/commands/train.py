@@ -56,6 +56,7 @@ def train(cfg, work_dir: str | None = None, resume: str | None = None, overwrite
     cfg.resume = resume is not None
     if resume not in (None, "auto"):
         cfg.load_from = resume
+    failed = True
     try:
         runner = engine.build_runner(cfg)
         task = engine.unwrap(runner.model)
@@ -65,10 +66,11 @@ def train(cfg, work_dir: str | None = None, resume: str | None = None, overwrite
         runner.train()
         for path in write_report(runner):
             print(f"wrote {path}")
+        failed = False
     except OSError as error:
         if error.errno in FULL:
             error.filename = error.filename or str(folder)  # a full disk does not say where
         raise
     finally:
-        engine.close()
+        engine.close(failed)
     return runner

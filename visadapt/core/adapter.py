@@ -33,7 +33,8 @@ class Adapter(nn.Module):
         mergeable: every piece folds into base weights.
         identity_at_init: a fresh adapter changes no output.
         trains_base: it trains base values themselves (`base_parameters`).
-        zero_grad: roles at which a gradient is zero by the mathematics, e.g. that of the key bias under softmax.
+        zero_grad: roles at which a gradient is zero by the mathematics, e.g. that of the key bias under softmax, and
+            endings of the names of shared parameters.
         calibration: which statistic of `core.calibrate` the start needs, None for a start without data.
         calibration_batches: training batches that the statistic is averaged over.
         started: `has_start` was seen to be true, and need not be asked again.
