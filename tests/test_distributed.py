@@ -178,5 +178,5 @@ def test_a_process_that_fails_does_not_wait_for_the_rest(tmp_path, monkeypatch):
     monkeypatch.setattr(engine, "barrier", lambda: pytest.fail("waits for the others"))
     monkeypatch.setattr(engine, "build_runner", build)
     with pytest.raises(InputError, match="full disk"):
-        train_here(Config({}, filename="c.py"), str(tmp_path / "run"))
+        train_here(Config({}), str(tmp_path / "run"))
     assert not dist.is_initialized()

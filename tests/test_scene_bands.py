@@ -10,7 +10,6 @@ import pytest
 
 from visadapt.datasets.files import UnreadableImage
 from visadapt.datasets.raster import RasterSegDataset
-from visadapt.errors import InputError
 
 rasterio = pytest.importorskip("rasterio")
 from scenes import noise, predict, write  # noqa: E402
@@ -19,6 +18,15 @@ from visadapt.predict._geotiff import Scene  # noqa: E402
 from visadapt.predict.bands import Bands, UnsuitableImage  # noqa: E402
 
 NAMES = ["B2", "B3", "B4", "B8"]
+
+
+OPTIONS = (
+    dict(),
+    dict(bands=["B8", "B3"]),
+    dict(bands=["B4"]),  # GDAL calls the last of four 8-bit bands alpha
+    dict(bands=["B3"], file_bands=NAMES),
+    dict(bands=["B4", "B11", "B2"], file_bands=NAMES, fill=7),
+)
 
 
 @pytest.fixture
@@ -56,28 +64,19 @@ def in_training(folder: Path, **options):
     ],
 )
 @pytest.mark.parametrize("told", ["by the file", "by the user", "by both"])
-@pytest.mark.parametrize(
-    "options",
-    [
-        dict(),
-        dict(bands=["B8", "B3"]),
-        dict(bands=["B4"]),  # GDAL calls the last of four 8-bit bands alpha
-        dict(bands=["B3"], file_bands=NAMES),
-        dict(bands=["B4", "B11", "B2"], file_bands=NAMES, fill=7),
-    ],
-)
-def test_one_rule_for_training_and_scenes(tmp_path, dtype, void, told, options):
-    (tmp_path / "images").mkdir()
-    in_file = {"by the file": void, "by the user": None, "by both": 1}[told]
-    names = [] if "file_bands" in options else NAMES
-    source = write(tmp_path / "images" / "a.tif", holed(dtype, void), names, nodata=in_file)
+def test_one_rule_for_training_and_scenes(tmp_path, dtype, void, told):
     given = {} if told == "by the file" else {"nodata": void}
-    data, image, empty = in_training(tmp_path, **options, **given)
-    reading = Bands(data.channels, data.bands, data.file_bands, data.nodata, data.fill)
-    values, nothing = Scene(source, reading).tile(0, 0, 50)
-    values, nothing = values[:, :40], nothing[:40]
-    assert values.dtype == image.dtype and np.array_equal(values, image)
-    assert np.array_equal(nothing, empty) and empty.any() and not empty.all()
+    values, in_file = holed(dtype, void), {"by the file": void, "by the user": None, "by both": 1}[told]
+    for number, options in enumerate(OPTIONS):
+        folder = tmp_path / str(number) / "images"
+        folder.mkdir(parents=True)
+        source = write(folder / "a.tif", values, [] if "file_bands" in options else NAMES, nodata=in_file)
+        data, image, empty = in_training(folder.parent, **options, **given)
+        reading = Bands(data.channels, data.bands, data.file_bands, data.nodata, data.fill)
+        found, nothing = Scene(source, reading).tile(0, 0, 50)
+        found, nothing = found[:, :40], nothing[:40]
+        assert found.dtype == image.dtype and np.array_equal(found, image)
+        assert np.array_equal(nothing, empty) and empty.any() and not empty.all()
 
 
 def test_a_value_without_data_in_one_band_is_0_and_its_pixel_has_a_class(run, tmp_path):
@@ -165,7 +164,7 @@ def test_a_band_that_scenes_do_not_have(run, tmp_path):
     _, mask = run(**options, fill=120)
     whole = np.stack([values[1], np.full((64, 64), 120, np.uint8), values[0]])
     assert np.array_equal(mask, whole.argmax(0)) and (mask == 1).any()
-    with pytest.raises(InputError, match="fill=-1 is no value of uint8 images"):
+    with pytest.raises(UnsuitableImage, match="fill=-1 is no value of uint8 images"):
         run(pytest.fail, **options, fill=-1)
 
 

@@ -101,9 +101,12 @@ class Bands:
         """All bands (C, H, W) of the model, from those (c, H, W) that the file has.
 
         Raises:
-            InputError: the type of the values cannot hold `fill`.
+            UnsuitableImage: the type of the values cannot hold `fill`.
         """
         if None not in places:
             return values
-        rest, blank = iter(values), constant(self.fill, values.shape[1:], values.dtype)
+        try:
+            rest, blank = iter(values), constant(self.fill, values.shape[1:], values.dtype)
+        except InputError as error:
+            raise UnsuitableImage(str(error)) from error
         return np.stack([blank if place is None else next(rest) for place in places])
