@@ -79,8 +79,9 @@ def test_one_rule_for_training_and_scenes(tmp_path, dtype, void, told):
         assert np.array_equal(nothing, empty) and empty.any() and not empty.all()
 
 
-def test_a_value_without_data_in_one_band_is_0_and_its_pixel_has_a_class(run, tmp_path):
-    values = noise(3, 64, 64).astype(np.int16)
+@pytest.mark.parametrize("dtype", [np.int16, np.float32])
+def test_a_value_without_data_in_one_band_is_0_and_its_pixel_has_a_class(run, tmp_path, dtype):
+    values = noise(3, 64, 64).astype(dtype)
     values[:, :10] = -9999
     values[2, 20:40] = -9999
     seen = []

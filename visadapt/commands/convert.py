@@ -75,4 +75,7 @@ def data_card(cfg: Any) -> dict[str, Any]:
         raise InputError("the config's val_dataloader does not say the names of the classes")
     palette = {"palette": [*kind.PALETTE]} if getattr(kind, "PALETTE", None) else {}
     transforms = [dict(entry) for entry in dataset.get("transform") or ()]
-    return {"classes": [*classes], "transforms": transforms, "channels": dataset.get("channels", 3), **palette}
+    told = {key: dataset[key] for key in ("bands", "file_bands", "nodata", "fill") if dataset.get(key) is not None}
+    told = {key: [*value] if isinstance(value, list | tuple) else value for key, value in told.items()}
+    channels = dataset.get("channels") or len(told.get("bands") or told.get("file_bands") or "rgb")
+    return {"classes": [*classes], "transforms": transforms, "channels": channels, **told, **palette}
