@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from mmengine.registry import DefaultScope
 
 from visadapt.core.io import load_adapter, save_adapter
 from visadapt.errors import InputError
@@ -68,6 +69,7 @@ def test_linear_head_is_a_linear_map_per_pixel():
 @pytest.mark.parametrize("name", MMSEG)
 def test_heads_of_mmsegmentation_train_and_come_back_from_a_file(name, tmp_path):
     pytest.importorskip("mmseg")
+    DefaultScope.get_instance(f"run-{name}", scope_name="mmengine")  # as in a training run
     options, neck = MMSEG[name]
     task = segmenter(name, neck, channels=32, **options)
     images, masks = stripes()
@@ -165,13 +167,14 @@ def test_adapted_backbone_works_in_an_encoder_decoder():
     from visadapt.backbones.mmseg import AdaptedBackbone
 
     head = dict(type="FCNHead", in_channels=32, in_index=3, channels=8, num_convs=1, num_classes=3)
-    model = EncoderDecoder(
-        dict(type=AdaptedBackbone, backbone=BACKBONE, adapters=LORA, neck=dict(type="Pyramid")),
-        dict(head, norm_cfg=dict(type="BN"), loss_decode=dict(type="CrossEntropyLoss", avg_non_ignore=True)),
-        data_preprocessor=dict(type=SegDataPreProcessor, size=(28, 42)),
-        train_cfg=dict(),
-        test_cfg=ConfigDict(mode="whole"),
-    )
+    with DefaultScope.overwrite_default_scope("mmseg"):
+        model = EncoderDecoder(
+            dict(type=AdaptedBackbone, backbone=BACKBONE, adapters=LORA, neck=dict(type="Pyramid")),
+            dict(head, norm_cfg=dict(type="BN"), loss_decode=dict(type="CrossEntropyLoss", avg_non_ignore=True)),
+            data_preprocessor=dict(type=SegDataPreProcessor, size=(28, 42)),
+            train_cfg=dict(),
+            test_cfg=ConfigDict(mode="whole"),
+        )
     model.init_weights()
     images, masks = stripes()
     samples = []

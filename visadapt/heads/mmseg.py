@@ -11,6 +11,7 @@ import warnings
 from typing import Any
 
 from mmengine.model import normal_init
+from mmengine.registry import DefaultScope
 from torch import Tensor, nn
 
 from ..errors import InputError, hint
@@ -31,7 +32,8 @@ def build_decode_head(module: str, name: str, **arguments: Any) -> nn.Module:
             kind = getattr(importlib.import_module(f"mmseg.models.decode_heads.{module}"), name)
     except ImportError as error:
         raise InputError(f"{name} comes from MMSegmentation: pip install 'visadapt[seg]' ({error})") from error
-    head = kind(**arguments)
+    with DefaultScope.overwrite_default_scope("mmseg"):  # a training run has mmengine's, where its parts have no name
+        head = kind(**arguments)
     normal_init(head.conv_seg, std=0.01)  # all that its init_weights() does, without the page of log that this prints
     return head
 
