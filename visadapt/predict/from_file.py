@@ -117,7 +117,8 @@ class FromFile:
         self.channels: int = manifest["channels"]
         self.bands: list[str] | None = manifest.get("bands")
         self.reading = Bands(self.channels, self.bands, *map(manifest.get, ("file_bands", "nodata", "fill")))
-        self.palette: list[tuple[int, ...]] | None = manifest.get("palette")
+        colours = manifest.get("palette")  # JSON has lists for tuples, which PIL refuses
+        self.palette = None if colours is None else [tuple(colour) for colour in colours]
         self.transform = Albu(manifest["transforms"], self.channels) if manifest["transforms"] else None
         self.check_transform(path)
         self.device = available(device)
