@@ -358,3 +358,11 @@ def test_data_check_counts_and_finds_what_is_wrong(run, tmp_path, capsys):
     said = capsys.readouterr()
     assert "1 unreadable samples, 1 samples with wrong labels or sizes, 1 images that are in two splits" in said.err
     assert "equal files" in said.out and "7" in said.out
+
+
+def test_a_picture_is_shown_in_the_colours_of_the_data_set(run, tmp_path):
+    adapter = stored(run, tmp_path / "a.safetensors", palette=[[200, 30, 40], [10, 20, 250]])
+    np.save(tmp_path / "p.npy", scene(42, 56, 3)[0])
+    assert main(["predict", str(adapter), str(tmp_path / "p.npy"), "--out", str(tmp_path / "out")]) == 0
+    (picture,) = (tmp_path / "out").glob("*.png")
+    assert (cv2.imread(str(picture))[..., ::-1] == (200, 30, 40)).all(-1).any()  # in the legend
