@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-
-SCENES = (".tif", ".tiff")
+from ._output import write_predictions
 
 
 def predict_masks(args: argparse.Namespace, paths: list[Path], names: dict[Path, str]) -> int:
@@ -25,25 +23,18 @@ def predict_masks(args: argparse.Namespace, paths: list[Path], names: dict[Path,
     Raises:
         InputError: several images for one .tif, or no readable image.
     """
-    from ..files import atomic
+    from ..datasets.files import RASTERS
     from ..predict.mask import MaskPredictor
 
     out = Path(args.out)
-    single = out.suffix.lower() in SCENES
-    if single and (len(paths) != 1 or paths[0].suffix.lower() not in SCENES):
+    single = out.suffix.lower() in RASTERS
+    if single and (len(paths) != 1 or paths[0].suffix.lower() not in RASTERS):
         raise InputError(f"--out {out} is one mask, for one scene in a .tif; give a folder for {len(paths)} images")
     predictor = MaskPredictor(args.adapter, weights=args.weights, device=args.device, task=args.task)
     if single:
         print("\n".join(_scene(args, predictor, paths[0], out).lines()))
         return 0
-    results, bad = out / "predictions.jsonl", 0
-    with atomic(results) as temporary, open(temporary, "w") as file:
-        for path, answer in _answers(args, predictor, paths, out, names):
-            file.write(json.dumps({"path": str(path), **answer}) + "\n")
-            bad += "error" in answer
-    if bad == len(paths):
-        raise InputError(f"none of the {bad} images could be read; {results} says why")
-    print(f"{len(paths) - bad} images, wrote {results}" + (f"; {bad} unreadable, marked with 'error'" if bad else ""))
+    write_predictions(out, len(paths), _answers(args, predictor, paths, out, names))
     return 0
 
 
@@ -80,11 +71,12 @@ def _answers(
     import numpy as np
     from tqdm import tqdm
 
+    from ..datasets.files import RASTERS
     from ..visualization.masks import comparison, default_palette, legend
     from ..visualization.picture import save_picture
 
     palette = predictor.palette or default_palette(len(predictor.classes))
-    scenes = [p for p in paths if p.suffix.lower() in SCENES]
+    scenes = [p for p in paths if p.suffix.lower() in RASTERS]
     yield from _scenes(args, predictor, {p: out / names[p].replace(".png", ".tif") for p in scenes})
     pictures = [p for p in paths if p not in scenes]
     found = predictor.predict_files(pictures, args.batch_size or 8, args.strict)

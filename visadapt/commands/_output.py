@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
+from ..files import atomic
 
 
 def check_out(out: str, *inputs: str | None) -> None:
@@ -22,6 +23,29 @@ def check_out(out: str, *inputs: str | None) -> None:
     for given in filter(None, inputs):
         if Path(out).exists() and Path(given).exists() and Path(out).samefile(given):
             raise InputError(f"--out '{out}' would replace the input {given}; give another name")
+
+
+def write_json(path: str | None, text: str) -> None:
+    """Write a JSON object that was formatted already, where there is a path."""
+    if path:
+        with atomic(path) as temporary:
+            temporary.write_text(text + "\n")
+
+
+def write_predictions(out: Path, count: int, answers: Iterable[tuple[Path, dict[str, Any]]]) -> None:
+    """Write `predictions.jsonl` of so many images into a folder, whole or not at all, and say so.
+
+    Raises:
+        InputError: every answer is an error.
+    """
+    results, bad = out / "predictions.jsonl", 0
+    with atomic(results) as temporary, open(temporary, "w") as file:
+        for path, answer in answers:
+            file.write(json.dumps({"path": str(path), **answer}) + "\n")
+            bad += "error" in answer
+    if bad == count:
+        raise InputError(f"none of the {bad} images could be read; {results} says why")
+    print(f"{count - bad} images, wrote {results}" + (f"; {bad} unreadable, marked with 'error'" if bad else ""))
 
 
 def print_json(value: Any) -> None:

@@ -9,6 +9,7 @@ import json
 
 from ..errors import InputError, hint
 from ._arguments import positive
+from ._output import write_json
 
 OVER = ("floor", "peft", "textbook")
 COLUMNS = {f"{kind} {over}": f"{kind}_over_{over}" for kind in ("step", "peak") for over in OVER}
@@ -78,12 +79,9 @@ def run(args: argparse.Namespace) -> int:
 
 def scene(args: argparse.Namespace) -> int:
     from ..benchmark.scene import measure_scene
-    from ..files import atomic
 
     text = json.dumps(measure_scene(args.size or 5000, args.model or "vit", args.tile), indent=1)
-    if args.out:
-        with atomic(args.out) as temporary:
-            temporary.write_text(text + "\n")
+    write_json(args.out, text)
     print(text)
     return 0
 
@@ -93,16 +91,13 @@ def speed(args: argparse.Namespace) -> int:
 
     from ..benchmark.setup import Setup
     from ..benchmark.speed import measure
-    from ..files import atomic
 
     model, size = args.model or "vit_small_patch16_224", args.size or 224
     setup = Setup(model, size, args.batch, args.mixed, args.rounds, args.device)
     setup.check()
     found = measure(setup, chosen)
     text = json.dumps(found, indent=1)
-    if args.out:
-        with atomic(args.out) as temporary:
-            temporary.write_text(text + "\n")
+    write_json(args.out, text)
     print(text if args.json else table(found))
     return 0
 

@@ -66,6 +66,7 @@ def adapter(args: argparse.Namespace) -> int:
 
 def data_card(cfg: Any) -> dict[str, Any]:
     """Classes and transforms of the config's evaluation set, which need not be on this machine."""
+    from ..hooks.files import OF_FILES, of_files
     from ..registry import DATASETS
 
     dataset = (cfg.get("val_dataloader") or {}).get("dataset") or {}
@@ -73,9 +74,7 @@ def data_card(cfg: Any) -> dict[str, Any]:
     classes = dataset.get("classes") or getattr(kind, "CLASSES", None)
     if classes is None:
         raise InputError("the config's val_dataloader does not say the names of the classes")
-    palette = {"palette": [*kind.PALETTE]} if getattr(kind, "PALETTE", None) else {}
-    transforms = [dict(entry) for entry in dataset.get("transform") or ()]
-    told = {key: dataset[key] for key in ("bands", "file_bands", "nodata", "fill") if dataset.get(key) is not None}
-    told = {key: [*value] if isinstance(value, list | tuple) else value for key, value in told.items()}
+    told = of_files({key: dataset.get(key) for key in OF_FILES} | {"palette": getattr(kind, "PALETTE", None)})
     channels = dataset.get("channels") or len(told.get("bands") or told.get("file_bands") or "rgb")
-    return {"classes": [*classes], "transforms": transforms, "channels": channels, **told, **palette}
+    transforms = [dict(entry) for entry in dataset.get("transform") or ()]
+    return {"classes": [*classes], "transforms": transforms, "channels": channels, **told}

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import argparse
 import glob
-import json
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from ..errors import InputError
 from ._arguments import positive
 from ._masks import predict_masks
+from ._output import write_predictions
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,36 +61,40 @@ def find_images(patterns: list[str]) -> list[Path]:
 
 
 def run(args: argparse.Namespace) -> int:
-    from tqdm import tqdm
-
-    from ..files import atomic
     from ..predict.from_file import manifest_of_task
-    from ..predict.image import Predictor
     from ..registry import TASKS
     from ..tasks.segment import Segmenter
+
+    paths = find_images(args.images)
+    segments = issubclass(TASKS.get(manifest_of_task(args.adapter)["task"]["type"]), Segmenter)
+    return (predict_masks if segments else predict_labels)(args, paths, picture_names(paths))
+
+
+def predict_labels(args: argparse.Namespace, paths: list[Path], names: dict[Path, str]) -> int:
+    """Labels of images, and with them pictures under their names."""
+    from ..predict.image import Predictor
+
+    predictor = Predictor(args.adapter, weights=args.weights, device=args.device, task=args.task)
+    write_predictions(Path(args.out), len(paths), _labelled(args, predictor, paths, names))
+    return 0
+
+
+def _labelled(
+    args: argparse.Namespace, predictor: Any, paths: list[Path], names: dict[Path, str]
+) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Results as JSON values, the pictures being written on the way."""
+    from tqdm import tqdm
+
     from ..visualization.overlay import label_overlay
     from ..visualization.picture import save_picture
 
-    paths = find_images(args.images)
-    if issubclass(TASKS.get(manifest_of_task(args.adapter)["task"]["type"]), Segmenter):
-        return predict_masks(args, paths, picture_names(paths))
-    predictor = Predictor(args.adapter, weights=args.weights, device=args.device, task=args.task)
-    out = Path(args.out)
-    results, names = out / "predictions.jsonl", picture_names(paths)
     of_task = {} if args.task is None else {"task": args.task}
-    bad = 0
-    with atomic(results) as temporary, open(temporary, "w") as file:
-        answers = predictor.predict_files(paths, args.batch_size or 32, args.strict)
-        for path, image, answer in tqdm(answers, total=len(paths), unit="image", disable=not sys.stderr.isatty()):
-            file.write(json.dumps({"path": str(path), **of_task, **answer}) + "\n")
-            bad += "error" in answer
-            if "error" not in answer and not args.no_pictures:
-                picture = label_overlay(image, [f"{answer['label']} {answer['score']:.0%}"])
-                save_picture(out / names[path], picture)
-    if bad == len(paths):
-        raise InputError(f"none of the {bad} images could be read; {results} says why")
-    print(f"{len(paths) - bad} images, wrote {results}" + (f"; {bad} unreadable, marked with 'error'" if bad else ""))
-    return 0
+    answers = predictor.predict_files(paths, args.batch_size or 32, args.strict)
+    for path, image, answer in tqdm(answers, total=len(paths), unit="image", disable=not sys.stderr.isatty()):
+        if "error" not in answer and not args.no_pictures:
+            picture = label_overlay(image, [f"{answer['label']} {answer['score']:.0%}"])
+            save_picture(Path(args.out) / names[path], picture)
+        yield path, of_task | answer
 
 
 def picture_names(paths: list[Path]) -> dict[Path, str]:

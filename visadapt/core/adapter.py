@@ -37,6 +37,8 @@ class Adapter(nn.Module):
             endings of the names of shared parameters.
         calibration: which statistic of `core.calibrate` the start needs, None for a start without data.
         calibration_batches: training batches that the statistic is averaged over.
+        n_tasks: tasks that it tells apart by the task numbers of the images.
+        task: the one that it is fixed to, None where the images say it.
         started: `has_start` was seen to be true, and need not be asked again.
     """
 
@@ -51,6 +53,8 @@ class Adapter(nn.Module):
     zero_grad: ClassVar[tuple[str, ...]] = ()
     calibration: str | None = None
     calibration_batches: int = 8
+    n_tasks: int = 1
+    task: int | None = None
     started: bool = False
 
     def __init__(self, targets: Sequence[str] | None = None, layers: Sequence[int] | None = None) -> None:

@@ -121,12 +121,12 @@ class ImageDataset(Dataset):
         """
         return read_image(self.paths[index], self.channels)
 
-    def _load(self, index: int) -> Any:
+    def read(self, index: int) -> Any:
         """All that is read from the files of a sample."""
         return self.load(index)
 
     def _sample(self, index: int, content: Any, seed: int) -> dict[str, Any]:
-        """ "inputs" (C, H, W) and what is to be learnt, from what `_load` gave; `seed` decides the augmentation."""
+        """ "inputs" (C, H, W) and what is to be learnt, from what `read` gave; `seed` decides the augmentation."""
         raise NotImplementedError
 
     def _blank(self, index: int, like: dict[str, Any]) -> dict[str, Any]:
@@ -138,7 +138,7 @@ class ImageDataset(Dataset):
         for shift in range(len(self)):
             other = (index + shift) % len(self)
             try:
-                return other, self._load(other)
+                return other, self.read(other)
             except UnreadableImage:
                 if self.strict:
                     raise

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -17,6 +18,7 @@ from ..errors import InputError
 from ..ignored import IGNORED
 from .base import ImageDataset
 from .files import UnreadableImage
+from .masks import Pixels, SegmentationDataset
 
 
 @dataclass
@@ -84,47 +86,43 @@ def inspect(dataset: ImageDataset, progress: bool = False) -> Findings:
     """Read every sample of a data set once, without its transforms.
 
     Args:
-        dataset: it is changed: transforms are taken off.
+        dataset: images with labels or masks.
         progress: show a bar.
     """
-    dataset.transform, dataset.strict = None, True
     found = Findings(len(dataset))
-    classes = len(dataset.classes)
-    found.counts, seen = torch.zeros(classes + 1, dtype=torch.int64), set()
+    found.counts, seen = torch.zeros(len(dataset.classes) + 1, dtype=torch.int64), set()
     for index in tqdm(range(len(dataset)), unit="sample", disable=not progress, leave=False):
         try:
-            sample = dataset[index]
+            content = dataset.read(index)
         except UnreadableImage as error:
             found.unreadable.append(str(error))
             continue
         except InputError as error:
             found.wrong.append(str(error))
             continue
-        _look(found, dataset, index, sample, seen)
-        if "mask" in sample:
-            found.unit, mask = "pixels", sample["mask"]
-            found.counts += torch.bincount(mask.where(mask != IGNORED, classes).flatten(), minlength=classes + 1)
-        elif isinstance(sample["label"], int):
-            found.counts[sample["label"]] += 1
-        else:  # several labels per image
-            found.counts[:classes] += torch.as_tensor(sample["label"]).long()
+        pixels = _count(found, dataset, index, content)
+        if dataset.paths[index] not in seen:
+            seen.add(dataset.paths[index])
+            found.sizes[tuple(pixels.size)] += 1
+        values = torch.from_numpy(np.ascontiguousarray(np.moveaxis(pixels.image, -1, 0)))
+        found.bands.add(values.flatten(1) if pixels.empty is None else values[:, ~torch.from_numpy(pixels.empty)])
     for path in dict.fromkeys(dataset.paths):  # windows of one image share its file
         if Path(path).exists():
             found.files.setdefault(checksum(Path(path)), []).append(path)
     return found
 
 
-def _look(found: Findings, dataset: ImageDataset, index: int, sample: dict[str, Any], seen: set[str]) -> None:
-    """Size and pixels of an image; without the pixels of a raster that have no data."""
-    image, size = sample["inputs"], tuple(sample["inputs"].shape[1:])
-    empty = None
-    if "mask" in sample:
-        pixels = dataset.pixels(index)
-        image, size, empty = torch.from_numpy(pixels.image).permute(2, 0, 1), pixels.size, pixels.empty
-    if dataset.paths[index] not in seen:
-        seen.add(dataset.paths[index])
-        found.sizes[size] += 1
-    found.bands.add(image.flatten(1) if empty is None else image[:, ~torch.from_numpy(empty)])
+def _count(found: Findings, dataset: ImageDataset, index: int, content: Any) -> Pixels:
+    """Count what a sample is labelled with, and give its pixels."""
+    if isinstance(dataset, SegmentationDataset):
+        pixels, mask = content
+        found.unit, ignored = "pixels", len(dataset.classes)
+        labels = torch.from_numpy(np.where(mask == IGNORED, ignored, mask).astype(np.int64))
+        found.counts += torch.bincount(labels.flatten(), minlength=ignored + 1)
+        return pixels
+    label = dataset.labels[index]
+    found.counts[label if isinstance(label, int) else [n for n, value in enumerate(label) if value]] += 1
+    return Pixels(content, content.shape[:2])
 
 
 def checksum(path: Path) -> str:

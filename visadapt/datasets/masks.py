@@ -156,8 +156,8 @@ class SegmentationDataset(ImageDataset):
         window = self.windows[index]
         return Pixels(image if window is None else image[window.slices], image.shape[:2])
 
-    def _load(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Image (H, W, C) and mask (H, W) uint8."""
+    def read(self, index: int) -> tuple[Pixels, np.ndarray]:
+        """What is in the image file of a sample or in its window, and the mask (H, W) uint8 of the whole window."""
         pixels = self.pixels(index)
         path, window = self.masks[index], self.windows[index]
         raw, size = read_mask(path, self.labels.colors is not None, window)
@@ -171,10 +171,11 @@ class SegmentationDataset(ImageDataset):
         if window is not None and not self.training:  # the window above has these rows, the one beside it these columns
             mask[: -window.top % self.tile] = IGNORED
             mask[:, : -window.left % self.tile] = IGNORED
-        return _filled(pixels.image, window, 0), _filled(mask, window, IGNORED)
+        return pixels, _filled(mask, window, IGNORED)
 
-    def _sample(self, index: int, content: tuple[np.ndarray, np.ndarray], seed: int) -> dict[str, Any]:
-        image, mask = content
+    def _sample(self, index: int, content: tuple[Pixels, np.ndarray], seed: int) -> dict[str, Any]:
+        pixels, mask = content
+        image = _filled(pixels.image, self.windows[index], 0)
         if self.transform is not None and self.native_masks:
             image = self.transform(image, seed)
         elif self.transform is not None:

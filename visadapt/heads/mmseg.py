@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import warnings
-from typing import Any
+from typing import Any, ClassVar
 
 from mmengine.model import normal_init
 from mmengine.registry import DefaultScope
@@ -121,26 +121,30 @@ class FCNHead(MMSegHead):
         self.decode = self._build("fcn_head", "FCNHead", all_levels, **own)
 
 
+class _PlainHead(MMSegHead):
+    """A head of all levels without arguments of its own; `source` is its file and class in MMSegmentation."""
+
+    source: ClassVar[tuple[str, str]]
+
+    def __init__(
+        self, num_classes: int, in_channels: list[int], channels: int = 256, dropout: float = 0.1, norm: str = "BN"
+    ) -> None:
+        super().__init__(num_classes, in_channels, channels, dropout, norm)
+        self.decode = self._build(*self.source)
+
+
 @HEADS.register_module()
-class UPerHead(MMSegHead):
+class UPerHead(_PlainHead):
     """Pyramid pooling on the coarsest level and a feature pyramid over all (UPerNet, Xiao et al. 2018)."""
 
-    def __init__(
-        self, num_classes: int, in_channels: list[int], channels: int = 256, dropout: float = 0.1, norm: str = "BN"
-    ) -> None:
-        super().__init__(num_classes, in_channels, channels, dropout, norm)
-        self.decode = self._build("uper_head", "UPerHead")
+    source = ("uper_head", "UPerHead")
 
 
 @HEADS.register_module()
-class SegFormerHead(MMSegHead):
+class SegFormerHead(_PlainHead):
     """One linear layer per level, then one over all of them (SegFormer, Xie et al. 2021)."""
 
-    def __init__(
-        self, num_classes: int, in_channels: list[int], channels: int = 256, dropout: float = 0.1, norm: str = "BN"
-    ) -> None:
-        super().__init__(num_classes, in_channels, channels, dropout, norm)
-        self.decode = self._build("segformer_head", "SegformerHead")
+    source = ("segformer_head", "SegformerHead")
 
 
 @HEADS.register_module()

@@ -25,6 +25,11 @@ OF_FILES = ("bands", "file_bands", "nodata", "fill", "palette")
 """Attributes that a data set need not have. The first four say how it reads bands, and predictions read them alike."""
 
 
+def of_files(values: dict[str, Any]) -> dict[str, Any]:
+    """Those of the values that are there, as JSON values."""
+    return {k: [*v] if isinstance(v, Iterable) else v for k, v in values.items() if v is not None}
+
+
 def dataset_card(dataset: Any, training: bool = False) -> dict[str, Any]:
     """Class names, bands, colours and transforms of a data set, for adapter files.
 
@@ -37,10 +42,9 @@ def dataset_card(dataset: Any, training: bool = False) -> dict[str, Any]:
     """
     if isinstance(dataset, SourceTarget):
         dataset = dataset.source
-    known = {key: value for key in OF_FILES if (value := getattr(dataset, key, None)) is not None}
     transform = getattr(dataset, "transform", None)
     return {
-        **{key: [*value] if isinstance(value, Iterable) else value for key, value in known.items()},
+        **of_files({key: getattr(dataset, key, None) for key in OF_FILES}),
         "classes": list(getattr(dataset, "classes", ())),
         "transforms": [] if transform is None else unchanging(dataset) if training else transform.to_json(),
         "channels": getattr(dataset, "channels", 3),

@@ -38,12 +38,8 @@ def available(device: str | None) -> torch.device:
 
 
 def check_task_number(task: int | None, adapted: Adapted, path: str | os.PathLike) -> None:
-    """Refuse a task number that adapters need and do not get, that they do not have, or that none of them reads.
-
-    An adapter of several tasks has the attributes `n_tasks`, and `task` for the one that it is fixed to, if any.
-    """
-    choosing = [a for a in adapted.adapters.values() if getattr(a, "task", None) is None]
-    count = min((a.n_tasks for a in choosing if getattr(a, "n_tasks", 1) > 1), default=1)
+    """Refuse a task number that adapters need and do not get, that they do not have, or that none of them reads."""
+    count = min((a.n_tasks for a in adapted.adapters.values() if a.task is None and a.n_tasks > 1), default=1)
     if count == 1 and task is not None:
         raise InputError(f"{path} has no adapter that chooses by task number; leave out --task (Predictor: task)")
     if count > 1 and (task is None or not 0 <= task < count):

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..tasks.multilabel import MultilabelClassifier
 from .from_file import FromFile
 
 
@@ -28,10 +27,9 @@ class Predictor(FromFile):
         for places, batch in self.batches(images):
             number = self.task_number
             tasks = None if number is None else torch.full((len(places),), number, device=self.device)
-            logits = self.task(batch, task=tasks).float()
-            several = isinstance(self.task, MultilabelClassifier)
-            for i, row in zip(places, logits.sigmoid() if several else logits.softmax(1)):
-                answers[i] = self._answer(row.cpu().numpy(), several)
+            name, scores = self.task.scores(self.task(batch, task=tasks).float())
+            for i, row in zip(places, scores):
+                answers[i] = self._answer(row.cpu().numpy(), several=name == "probabilities")
         return answers
 
     def _answer(self, scores: np.ndarray, several: bool) -> dict[str, Any]:

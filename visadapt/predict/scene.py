@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..datasets.files import UnreadableImage
+from ..datasets.files import RASTERS, UnreadableImage
 from ..errors import InputError
 from ..visualization.masks import default_palette
 from ._geotiff import Scene, rasterio
@@ -289,7 +289,7 @@ def predict_scene(
 
 def check_places(source: Path, out: Path) -> None:
     """Refuse a result that is no GeoTIFF, is a folder, or would overwrite the scene."""
-    if out.suffix.lower() not in (".tif", ".tiff"):
+    if out.suffix.lower() not in RASTERS:
         raise InputError(f"the mask of a scene is a GeoTIFF; give a name that ends in .tif, not {out}")
     if out.is_dir():
         raise InputError(f"cannot write {out}: it is a folder")

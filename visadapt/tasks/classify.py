@@ -82,11 +82,15 @@ class ImageClassifier(AdaptedTask):
         if mode == "tensor":
             return logits
         self.adapted.ctx.tasks = None
-        scores = logits.float().softmax(1)
+        name, scores = self.scores(logits.float())
         given = labels.tolist() if labels is not None else [-1] * len(scores)
         paths = path or [""] * len(scores)
         usable = valid.tolist() if valid is not None else [True] * len(scores)
-        return [{"scores": s, "label": n, "path": p, "valid": v} for s, n, p, v in zip(scores, given, paths, usable)]
+        return [{name: s, "label": n, "path": p, "valid": v} for s, n, p, v in zip(scores, given, paths, usable)]
+
+    def scores(self, logits: Tensor) -> tuple[str, Tensor]:
+        """What predictions say of logits (B, K): its name in them, and the values (B, K)."""
+        return "scores", logits.softmax(1)
 
     def loss(
         self, inputs: Tensor | None, labels: Tensor, features: Tensor | None = None, task: Tensor | None = None

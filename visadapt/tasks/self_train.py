@@ -87,11 +87,8 @@ class SelfTraining(Segmenter):
         inputs: Tensor,
         masks: list[Tensor] | None = None,
         mode: str = "tensor",
-        path: list[str] | None = None,
-        valid: Tensor | None = None,
-        index: Tensor | None = None,
-        unreadable: list[str] | None = None,
         target: Tensor | None = None,
+        **about: Any,
     ) -> Tensor | dict[str, Tensor] | list[dict[str, Any]]:
         """See Segmenter. `target` (B, C, H, W) are normalised images of the target domain, for mode "loss" in training.
 
@@ -99,7 +96,7 @@ class SelfTraining(Segmenter):
         """
         if mode == "loss" and self.training:
             return self.adapt(inputs, masks, target)
-        return super().forward(inputs, masks, mode, path, valid, index, unreadable)
+        return super().forward(inputs, masks, mode, **about)
 
     def adapt(self, inputs: Tensor, masks: list[Tensor] | None, target: Tensor | None) -> dict[str, Tensor]:
         """Losses of one training batch; first the teacher follows what the batch before has changed.
@@ -114,9 +111,10 @@ class SelfTraining(Segmenter):
         check_batch(inputs, masks, target)
         number = int(self.batches)
         self.teacher.follow(self._student(), min(1 - 1 / max(number, 1), self.momentum))
-        losses = self.loss(inputs, masks)
+        source = stacked(masks, inputs)
+        losses = self.mask_losses(inputs, source) | self.adapted.losses()
         if number > self.start:
-            images, labels = class_mix(inputs, stacked(masks, inputs), target, self.pseudo_labels(target))
+            images, labels = class_mix(inputs, source, target, self.pseudo_labels(target))
             losses |= {f"mixed_{n}": self.weight * v for n, v in self.mask_losses(images, labels).items()}
         self.batches.add_(1)
         return losses
