@@ -8,6 +8,8 @@ AdamW without warm-up, clipping and mixed precision; norms, and embeddings of qu
 from torch.optim import AdamW
 
 from visadapt.backbones.timm_vit import TimmViT
+from visadapt.datasets.masks import collate_masks
+from visadapt.datasets.sampler import EpochSampler
 from visadapt.hooks.files import AdapterFiles
 from visadapt.metrics.segment import SegmentationMetric
 from visadapt.necks.pyramid import Pyramid
@@ -30,6 +32,21 @@ colours = dict(
         dict(type="HueSaturationValue", hue_shift_limit=18, sat_shift_limit=0, val_shift_limit=0, p=0.5),
     ],
     p=1.0,
+)
+
+loaders = dict(
+    train=dict(
+        batch_size=4,
+        num_workers=4,
+        sampler=dict(type=EpochSampler, shuffle=True, endless=True),
+        collate_fn=dict(type=collate_masks),
+    ),
+    val=dict(
+        batch_size=4,
+        num_workers=4,
+        sampler=dict(type=EpochSampler, shuffle=False, round_up=False),
+        collate_fn=dict(type=collate_masks),
+    ),
 )
 
 optim_wrapper = dict(

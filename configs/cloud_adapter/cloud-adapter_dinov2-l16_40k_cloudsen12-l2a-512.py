@@ -10,8 +10,6 @@ from mmengine.optim import PolyLR
 
 from visadapt.adapters.cloud_adapter import CloudAdapter
 from visadapt.datasets.cloud_sets import CloudSEN12
-from visadapt.datasets.masks import collate_masks
-from visadapt.datasets.sampler import EpochSampler
 from visadapt.heads.mask2former import Mask2FormerHead
 from visadapt.hooks.files import Checkpoints
 from visadapt.tasks.segment import Segmenter
@@ -28,8 +26,7 @@ model = dict(
     head=dict(type=Mask2FormerHead, num_classes=4),
 )
 train_dataloader = dict(
-    batch_size=4,
-    num_workers=4,
+    loaders["train"],
     dataset=dict(
         type=CloudSEN12,
         root="cloudsen12_high_l2a",
@@ -41,12 +38,9 @@ train_dataloader = dict(
         ],
         training=True,
     ),
-    sampler=dict(type=EpochSampler, shuffle=True, endless=True),
-    collate_fn=dict(type=collate_masks),
 )
 val_dataloader = dict(
-    batch_size=4,
-    num_workers=4,
+    loaders["val"],
     dataset=dict(
         type=CloudSEN12,
         root="cloudsen12_high_l2a",
@@ -54,12 +48,9 @@ val_dataloader = dict(
         transform=[dict(type="Resize", height=512, width=512)],
         native_masks=True,
     ),
-    sampler=dict(type=EpochSampler, shuffle=False, round_up=False),
-    collate_fn=dict(type=collate_masks),
 )
 test_dataloader = dict(
-    batch_size=4,
-    num_workers=4,
+    loaders["val"],
     dataset=dict(
         type=CloudSEN12,
         root="cloudsen12_high_l2a",
@@ -67,8 +58,6 @@ test_dataloader = dict(
         transform=[dict(type="Resize", height=512, width=512)],
         native_masks=True,
     ),
-    sampler=dict(type=EpochSampler, shuffle=False, round_up=False),
-    collate_fn=dict(type=collate_masks),
 )
 test_evaluator = val_evaluator
 test_cfg = dict()

@@ -10,8 +10,6 @@ from mmengine.optim import PolyLR
 
 from visadapt.adapters.cloud_adapter import CloudAdapter
 from visadapt.datasets.cloud_sets import GF12MS_WHU
-from visadapt.datasets.masks import collate_masks
-from visadapt.datasets.sampler import EpochSampler
 from visadapt.heads.mask2former import Mask2FormerHead
 from visadapt.hooks.files import Checkpoints
 from visadapt.tasks.segment import Segmenter
@@ -28,8 +26,7 @@ model = dict(
     head=dict(type=Mask2FormerHead, num_classes=2),
 )
 train_dataloader = dict(
-    batch_size=4,
-    num_workers=4,
+    loaders["train"],
     dataset=dict(
         type=GF12MS_WHU,
         root="gf12ms_whu_gf2",
@@ -44,12 +41,9 @@ train_dataloader = dict(
         ],
         training=True,
     ),
-    sampler=dict(type=EpochSampler, shuffle=True, endless=True),
-    collate_fn=dict(type=collate_masks),
 )
 val_dataloader = dict(
-    batch_size=4,
-    num_workers=4,
+    loaders["val"],
     dataset=dict(
         type=GF12MS_WHU,
         root="gf12ms_whu_gf2",
@@ -57,8 +51,6 @@ val_dataloader = dict(
         transform=[dict(type="Resize", height=256, width=256)],
         native_masks=True,
     ),
-    sampler=dict(type=EpochSampler, shuffle=False, round_up=False),
-    collate_fn=dict(type=collate_masks),
 )
 train_cfg = dict(by_epoch=False, max_iters=40000, val_interval=4000)
 param_scheduler = dict(type=PolyLR, power=0.9, eta_min=0.0, begin=0, end=40000, by_epoch=False)

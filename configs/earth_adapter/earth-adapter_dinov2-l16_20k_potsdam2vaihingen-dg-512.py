@@ -8,15 +8,12 @@ from mmengine.config import read_base
 from mmengine.optim import PolyLR
 
 from visadapt.adapters.earth_adapter import EarthAdapter
-from visadapt.datasets.isprs import Potsdam, Vaihingen
-from visadapt.datasets.masks import collate_masks
-from visadapt.datasets.sampler import EpochSampler
 from visadapt.heads.mask2former import Mask2FormerHead
 from visadapt.hooks.files import Checkpoints
 from visadapt.tasks.segment import Segmenter
 
 with read_base():
-    from .._base_.mask2former_l16 import *
+    from .._base_.domains_512 import *
     from .._base_.runtime import *
 
 model = dict(
@@ -26,44 +23,8 @@ model = dict(
     adapters=dict(main=dict(type=EarthAdapter, width=24, fft_layers=[18, 19, 20, 21, 22, 23], cutoff=0.3)),
     head=dict(type=Mask2FormerHead, num_classes=6),
 )
-train_dataloader = dict(
-    batch_size=4,
-    num_workers=4,
-    dataset=dict(
-        type=Potsdam,
-        split="train",
-        transform=[
-            dict(type="Resize", height=512, width=512),
-            dict(type="RandomScale", scale_limit=(-0.5, 1.0), p=1.0),
-            dict(
-                type="BalancedCrop",
-                height=512,
-                width=512,
-                max_share=0.75,
-                pad_if_needed=True,
-                pad_position="top_left",
-                fill=(124, 116, 104),
-            ),
-            dict(type="HorizontalFlip", p=0.5),
-            colours,
-        ],
-        training=True,
-    ),
-    sampler=dict(type=EpochSampler, shuffle=True, endless=True),
-    collate_fn=dict(type=collate_masks),
-)
-val_dataloader = dict(
-    batch_size=4,
-    num_workers=4,
-    dataset=dict(
-        type=Vaihingen,
-        split="val",
-        transform=[dict(type="Resize", height=512, width=512)],
-        native_masks=True,
-    ),
-    sampler=dict(type=EpochSampler, shuffle=False, round_up=False),
-    collate_fn=dict(type=collate_masks),
-)
+train_dataloader = dict(loaders["train"], dataset=domains["potsdam"]["train"])
+val_dataloader = dict(loaders["val"], dataset=domains["vaihingen"]["val"])
 train_cfg = dict(by_epoch=False, max_iters=20000, val_interval=2000)
 param_scheduler = dict(type=PolyLR, power=0.9, eta_min=0.0, begin=0, end=20000, by_epoch=False)
 default_hooks = dict(checkpoint=dict(type=Checkpoints, interval=2000, by_epoch=False, keep=2))

@@ -8,16 +8,13 @@ from mmengine.config import read_base
 from mmengine.optim import PolyLR
 
 from visadapt.adapters.earth_adapter import EarthAdapter
-from visadapt.datasets.isprs import Potsdam, Vaihingen
-from visadapt.datasets.masks import collate_masks
-from visadapt.datasets.sampler import EpochSampler
 from visadapt.datasets.source_target import SourceTarget, collate_source_target
 from visadapt.heads.mask2former import Mask2FormerHead
 from visadapt.hooks.files import Checkpoints
 from visadapt.tasks.self_train import SelfTraining
 
 with read_base():
-    from .._base_.mask2former_l16 import *
+    from .._base_.domains_512 import *
     from .._base_.runtime import *
 
 model = dict(
@@ -28,65 +25,12 @@ model = dict(
     head=dict(type=Mask2FormerHead, num_classes=6),
 )
 train_dataloader = dict(
+    loaders["train"],
     batch_size=2,
-    num_workers=4,
-    dataset=dict(
-        type=SourceTarget,
-        source=dict(
-            type=Vaihingen,
-            split="train",
-            transform=[
-                dict(type="Resize", height=512, width=512),
-                dict(type="RandomScale", scale_limit=(-0.5, 1.0), p=1.0),
-                dict(
-                    type="BalancedCrop",
-                    height=512,
-                    width=512,
-                    max_share=0.75,
-                    pad_if_needed=True,
-                    pad_position="top_left",
-                    fill=(124, 116, 104),
-                ),
-                dict(type="HorizontalFlip", p=0.5),
-                colours,
-            ],
-            training=True,
-        ),
-        target=dict(
-            type=Potsdam,
-            split="train",
-            transform=[
-                dict(type="Resize", height=512, width=512),
-                dict(type="RandomScale", scale_limit=(-0.5, 1.0), p=1.0),
-                dict(
-                    type="RandomCrop",
-                    height=512,
-                    width=512,
-                    pad_if_needed=True,
-                    pad_position="top_left",
-                    fill=(124, 116, 104),
-                ),
-                dict(type="HorizontalFlip", p=0.5),
-                colours,
-            ],
-            training=True,
-        ),
-    ),
-    sampler=dict(type=EpochSampler, shuffle=True, endless=True),
+    dataset=dict(type=SourceTarget, source=domains["vaihingen"]["train"], target=domains["potsdam"]["target"]),
     collate_fn=dict(type=collate_source_target),
 )
-val_dataloader = dict(
-    batch_size=4,
-    num_workers=4,
-    dataset=dict(
-        type=Potsdam,
-        split="val",
-        transform=[dict(type="Resize", height=512, width=512)],
-        native_masks=True,
-    ),
-    sampler=dict(type=EpochSampler, shuffle=False, round_up=False),
-    collate_fn=dict(type=collate_masks),
-)
+val_dataloader = dict(loaders["val"], dataset=domains["potsdam"]["val"])
 train_cfg = dict(by_epoch=False, max_iters=20000, val_interval=2000)
 param_scheduler = dict(type=PolyLR, power=0.9, eta_min=0.0, begin=0, end=20000, by_epoch=False)
 default_hooks = dict(checkpoint=dict(type=Checkpoints, interval=2000, by_epoch=False, keep=2))
