@@ -301,7 +301,7 @@ def test_sites_say_what_is_there(family):
         linears = {f"blocks.{i}.{name}" for name, m in block.named_modules() if isinstance(m, nn.Linear)}
         assert linears == {s.path for s in sites if s.layer == i and s.role in LINEARS}
     final = any(isinstance(m, nn.LayerNorm) for m in (backbone.body.norm, backbone.body.fc_norm))
-    assert {s.role for s in sites if s.layer == -1} == {"patch"} | ({"norm"} if final else set())
+    assert {s.role for s in sites if s.layer == -1} == {"patch", "stem"} | ({"norm"} if final else set())
     assert {s.role for s in sites} <= set(ROLES)
 
 

@@ -89,7 +89,10 @@ class TimmViT(TimmModel):
 
     def sites(self) -> list[Site]:
         d, conv = self.embed_dims[-1], self.body.patch_embed.proj
-        found = [Site("patch_embed.proj", "patch", -1, conv.in_channels, conv.out_channels, layout="NCHW")]
+        found = [
+            Site("patch_embed.proj", "patch", -1, conv.in_channels, conv.out_channels, layout="NCHW"),
+            Site("norm_pre", "stem", -1, d, d),  # all tokens with their positions, on their way to the first block
+        ]
         for i, block in enumerate(self.body.blocks):
             found += self._block_sites(i, block, f"blocks.{i}", d)
         for name in ("norm", "fc_norm"):

@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
+from ..errors import InputError
+
 
 class Context:
     """State of one forward pass, shared by an `Adapted` and everything attached to it.
@@ -47,6 +49,17 @@ class Context:
     def begin(self, image: Tensor, grid: tuple[int, int], prefix: int, views: int = 1) -> None:
         self.clear()
         self.image, self.grid, self.prefix, self.views = image, grid, prefix, views
+
+    def clips(self, owner: str) -> int:
+        """Number of clips in the batch.
+
+        Raises:
+            InputError: the images are no whole number of clips; `owner` is who asks.
+        """
+        images = self.image.shape[0]
+        if images % self.num_frames:
+            raise InputError(f"{owner}: {images} images are no whole number of clips of {self.num_frames} frames")
+        return images // self.num_frames
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens (B, L, D) into what stands before the patches and the patches (B, h*w, D)."""

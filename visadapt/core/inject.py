@@ -255,7 +255,7 @@ class AttnForward:
         if not self.piece.on:
             return type(module).forward(module, x, *args, **kwargs)
         q, k, v, bias = self.view.project(x, *args, **kwargs)
-        return self.view.output(self.piece.attend(q, k, v, bias, self.ctx), x)
+        return self.piece.run(q, k, v, bias, lambda o: self.view.output(o, x), self.ctx)
 
 
 def prompt_key(piece: Prompt) -> str:

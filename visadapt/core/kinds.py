@@ -126,12 +126,36 @@ class Tokens(SiteModule):
 
 
 class AttnCore(SiteModule):
-    """o = attend(q, k, v, bias, ctx) in place of the softmax core of an attention; all (B, heads, L, head_dim)."""
+    """o = attend(q, k, v, bias, ctx) in place of the softmax core of an attention; all (B, heads, L, head_dim).
+
+    Methods that also change what comes out of the attention override `run` instead.
+    """
 
     kind = "attention"
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, ctx: Context) -> Tensor:
         raise NotImplementedError
+
+    def run(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        bias: Tensor | None,
+        output: Callable[[Tensor], Tensor],
+        ctx: Context,
+    ) -> Tensor:
+        """The attention's output (B, L, D), before LayerScale and the residual sum.
+
+        Args:
+            q: (B, heads, L, head_dim).
+            k: (B, heads, S, head_dim), as is v; S is L where tokens look at each other.
+            v: likewise.
+            bias: what is added to the scores, (..., L, S), or None.
+            output: (B, heads, N, head_dim) to (B, N, D), the frozen output projection of the attention.
+            ctx: of the pass.
+        """
+        return output(self.attend(q, k, v, bias, ctx))
 
 
 class Prompt(SiteModule):
