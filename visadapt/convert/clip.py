@@ -7,6 +7,7 @@ from torch import nn
 
 from ..errors import InputError
 from .keymap import KeyMap, State, timm_keys
+from .zeroi2v import is_own
 
 PATCHES = {"class_embedding": "conv1.weight", "trunk.blocks.0.norm1.weight": "trunk.patch_embed.proj.weight"}
 OPENAI = {"input_resolution", "context_length", "vocab_size"}  # numbers that only OpenAI's own files carry
@@ -35,6 +36,7 @@ def apply(state: State, model: nn.Module) -> tuple[State, list[str]]:
     tower = {k if prefix else f"visual.{k}": v for k, v in state.items() if k.startswith(prefix)}
     projection = "visual.head.proj.weight"  # where the tower itself is a timm model
     used = {k for k in tower if k.startswith(inside) or (k == projection and isinstance(model.head, nn.Linear))}
+    used = {k for k in used if not is_own(k)}  # adapters for clips that were stored inside the tower
     dropped = [k for k in state if (k if prefix else f"visual.{k}") not in used]
     kept = {k: v for k, v in tower.items() if k in used}
     return timm_keys(kept, "visual." + PATCHES[mark], model), dropped

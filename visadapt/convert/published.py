@@ -1,4 +1,4 @@
-"""Published adapters and heads of the MMSegmentation family (Cloud-Adapter, Rein, Earth-Adapter) into a task."""
+"""Published adapters and heads (Cloud-Adapter, Rein, Earth-Adapter, ZeroI2V) into a task."""
 
 from __future__ import annotations
 
@@ -13,15 +13,19 @@ from .cloud_adapter import cloud_adapter_keys
 from .earth_adapter import earth_adapter_keys
 from .keymap import listed
 from .rein import rein_keys
+from .zeroi2v import zeroi2v_keys
 
 READERS: dict[str, Callable[[Mapping[str, Any], Adapter], dict[str, dict[str, Tensor]]]] = {
     "CloudAdapter": lambda state, adapter: cloud_adapter_keys(state, adapter.layers, adapter.context),
     "Rein": lambda state, adapter: rein_keys(state),
     "EarthAdapter": lambda state, adapter: earth_adapter_keys(state, adapter.fft_layers, adapter.layers),
+    "ZeroI2V": lambda state, adapter: zeroi2v_keys(state),
 }
 """By method: a published state dict, and the adapter it is for, to tensors by our keys."""
 
-HEAD = "decode_head."
+HEADS = {"decode_head.": "", "cls_head.fc_cls.": "fc."}
+"""How names in a published head begin, and in ours."""
+
 BUFFERS = ("loss_cls.", "loss_decode.")
 """Of losses, which published heads carry along."""
 
@@ -30,7 +34,7 @@ def fill(task: nn.Module, state: Mapping[str, Any]) -> list[str]:
     """Fill the one adapter and the head of a task from a published file.
 
     Args:
-        task: a Segmenter with one adapter of the published method and size, and the head.
+        task: a task with one adapter of the published method and size, and the head.
         state: a state dict, or a checkpoint that holds one under "state_dict".
 
     Returns:
@@ -52,10 +56,15 @@ def fill(task: nn.Module, state: Mapping[str, Any]) -> list[str]:
         if key not in parts:
             raise InputError(f"the file has an adapter for {key}, the config has none there; mend its layers")
         _fill(parts[key], tensors, key)
-    head = {k.removeprefix(HEAD): v for k, v in state.items() if k.startswith(HEAD)}
+    head = {
+        ours + k.removeprefix(theirs): v
+        for k, v in state.items()
+        for theirs, ours in HEADS.items()
+        if k.startswith(theirs)
+    }
     head = {k: v for k, v in head.items() if not k.startswith(BUFFERS)}
     if not head:
-        raise InputError("the file has no head (decode_head.*); it cannot predict")
+        raise InputError(f"the file has no head ({', '.join(f'{name}*' for name in HEADS)}); it cannot predict")
     _fill(task.head, head, type(task.head).__name__)
     return [
         f"{name}: {sum(len(t) for t in found.values())} tensors",

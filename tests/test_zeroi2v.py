@@ -1,0 +1,172 @@
+"""ZeroI2V: published sizes, clips of other lengths, merging, bad input. Equations are checked by its parity kits."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from cases import TINY
+
+from visadapt.adapters.zeroi2v import OFFSETS, ZeroI2V
+from visadapt.backbones.timm_vit import TimmViT
+from visadapt.convert import convert
+from visadapt.convert.zeroi2v import zeroi2v_keys
+from visadapt.core.adapted import Adapted
+from visadapt.errors import InputError
+from visadapt.testing import assert_close, difference, noise, tiny_backbone
+
+
+def adapt(frames=4, offsets=((1, 1), (-1, 1)), clip=None, **arguments):
+    """A noisy ZeroI2V on a tiny image tower of CLIP, for clips of `clip` frames."""
+    adapted = Adapted(tiny_backbone(TINY["clip"])).eval()
+    adapter = adapted.add("a", ZeroI2V(frames, offsets, **arguments))
+    noise(adapter)
+    adapted.ctx.num_frames = clip or frames
+    return adapted
+
+
+def frames(count, seed=0):
+    return torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize(
+    "model, heads, linear",
+    [("vit_base_patch16_clip_224", 12, 14_201_856), ("vit_large_patch14_clip_224", 16, 50_454_528)],
+)
+def test_trainable_values_are_those_of_the_paper(model, heads, linear):
+    with torch.device("meta"):
+        adapted = Adapted(TimmViT(model))
+        adapter = adapted.add("a", ZeroI2V(8, "base"))
+    embedding = adapter.pieces["trunk_xx_stem"].embedding.numel()
+    assert embedding == 8 * adapted.backbone.embed_dims[0]
+    assert sum(p.numel() for p in adapter.parameters()) - embedding == linear
+    tables = {name: table for name, table in OFFSETS.items() if name.startswith(model.split("_")[1])}
+    assert tables and all(sum(n for _, n in table) <= heads for table in tables.values())
+
+
+def test_frames_see_the_frames_that_their_offsets_name():
+    """Frame 0 changes frame 1 and 3 through offsets 1 and -3, and no other one."""
+    adapted = adapt(offsets=[[1, 1], [-3, 1]], clip=4)
+    x = frames(4)
+    other = x.clone()
+    for changed, seen in ((0, {0, 1}), (3, {3, 0})):
+        other = x.clone()
+        other[changed] += 1
+        with torch.no_grad():
+            one_block = copy.deepcopy(adapted)
+            one_block.backbone.body.blocks = one_block.backbone.body.blocks[:1]
+            a, b = one_block(x).tokens, one_block(other).tokens
+        assert {t for t in range(4) if difference(a[t], b[t]) > 1e-4} == seen
+
+
+def test_clips_of_one_batch_do_not_mix():
+    adapted = adapt()
+    x = frames(8)
+    with torch.no_grad():
+        assert_close(adapted(x).tokens[4:], adapted(x[4:]).tokens)
+
+
+def test_embeddings_of_another_clip_length_are_resampled():
+    adapted = adapt(frames=4, clip=8, offsets=[])
+    piece = adapted.adapters["a"].pieces["trunk_xx_stem"]
+    x = torch.zeros(8, 5, 48)
+    adapted.ctx.begin(frames(8), (2, 2), 1)
+    found = piece(x, x, adapted.ctx)[:, 0]
+    assert_close(found[0], piece.embedding[0])
+    assert_close(found[1], 0.75 * piece.embedding[0] + 0.25 * piece.embedding[1])
+
+
+def test_merged_network_gives_the_same_and_keeps_only_what_is_free():
+    adapted, x = adapt(), frames(8)
+    with torch.no_grad():
+        before = adapted(x).tokens
+        assert adapted.merge("a", check=x) == 8
+        assert_close(adapted(x).tokens, before)
+    left = [p for p in adapted.pieces("a") if p.on]
+    assert {p.kind for p in left} == {"attention", "tokens"}
+    assert sum(p.numel() for piece in left for p in piece.parameters()) == 4 * 48
+
+
+def test_merging_in_training_mode_with_dropout_is_refused():
+    adapted = adapt().train()
+    with pytest.raises(InputError, match=r"adapter 'a' is random in training mode.*eval\(\)"):
+        adapted.merge("a")
+    adapted = adapt(dropout=0.0).train()
+    assert adapted.merge("a", check=frames(4)) == 8
+
+
+def test_a_merged_published_file_is_the_unmerged_one():
+    """Both published files, before and after the merge, through the converters."""
+    adapted = adapt()
+    body, adapter = adapted.backbone.body, adapted.adapters["a"]
+    names = {"attn_in": "T_Adapter_in", "attn_out": "S_Adapter", "mlp_in": "MLP_Adapter", "mlp_out": "MLP_Adapter_out"}
+
+    def official(merged):
+        state = {"temporal_embedding": adapter.pieces["trunk_xx_stem"].embedding.detach()[None]}
+        for key, value in ({} if merged else adapter.common.state_dict()).items():
+            (place, linear, leaf), block = key[3:].split("."), int(key[:2])
+            linear = {"down": "D_fc1", "up": "D_fc2"}[linear]
+            state[f"transformer.resblocks.{block}.{names[place]}.{linear}.{leaf}"] = value
+        for key, value in body.state_dict().items():
+            state[clip_name(key)] = value.view(value.shape[-1]) if key == "cls_token" else value.squeeze(0)
+        return {f"backbone.{k}": v.clone() for k, v in state.items()}
+
+    def clip_name(key):
+        for ours, theirs in {
+            **{"cls_token": "class_embedding", "pos_embed": "positional_embedding", "patch_embed.proj": "conv1"},
+            **{"norm_pre": "ln_pre", "blocks": "transformer.resblocks", "norm1": "ln_1", "norm2": "ln_2"},
+            **{"attn.qkv.": "attn.in_proj_", "attn.proj": "attn.out_proj", "mlp.fc1": "mlp.c_fc"},
+            **{"mlp.fc2": "mlp.c_proj"},
+        }.items():
+            key = key.replace(ours, theirs)
+        return "ln_post" + key[4:] if key.startswith("norm.") else key
+
+    x = frames(4)
+    with torch.no_grad():
+        expected = adapted(x).tokens
+        states = [official(merged=False)]
+        adapted.merge("a")
+        states.append(official(merged=True))
+        for state, ratio in zip(states, (0.25, None)):
+            backbone = TimmViT(TINY["clip"]["name"], arch=TINY["clip"]["arch"]).eval()
+            backbone.body.load_state_dict(convert(state, backbone.body).state)
+            again, pieces = Adapted(backbone).eval(), zeroi2v_keys({"state_dict": state})
+            fresh = again.add("a", ZeroI2V(4, ((1, 1), (-1, 1)), ratio=ratio)).eval()
+            fresh.common.load_state_dict(pieces.get("shared", {}))
+            fresh.pieces["trunk_xx_stem"].load_state_dict(pieces["trunk_xx_stem"])
+            again.ctx.num_frames = 4
+            assert_close(again(x).tokens, expected)
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (dict(offsets="bass"), "no table of offsets 'bass'.*base"),
+        (dict(offsets=[[0, 1]]), "shift not 0"),
+        (dict(offsets=[[1]]), "pairs"),
+        (dict(offsets=[[1, 2], [-1, 2]]), "offsets take 4 heads, blocks.0.attn has 3"),
+        (dict(frames=0), "num_frames must be a whole number"),
+        (dict(ratio=0.0), "ratio must be above 0"),
+        (dict(dropout=1.0), "dropout must be in"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments, said):
+    with pytest.raises(InputError, match=said):
+        adapt(**arguments)
+
+
+def test_offsets_beyond_the_clip_and_broken_clips_are_refused():
+    with pytest.raises(InputError, match="offset 2 needs clips of more than 2 frames, got 2"):
+        adapt(offsets=[[2, 1]], clip=2)(frames(2))
+    with pytest.raises(InputError, match="6 images are no whole number of clips of 4 frames"):
+        adapt()(frames(6))
+
+
+def test_files_without_or_with_half_of_an_adapter_are_refused():
+    with pytest.raises(InputError, match="no temporal_embedding"):
+        zeroi2v_keys({"class_embedding": torch.zeros(3)})
+    half = {"temporal_embedding": torch.zeros(1, 2, 4)}
+    half["transformer.resblocks.0.S_Adapter.D_fc1.weight"] = torch.zeros(1, 4)
+    with pytest.raises(InputError, match=r"lacks 00_attn_in\.down\.bias"):
+        zeroi2v_keys(half)
