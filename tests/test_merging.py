@@ -412,12 +412,15 @@ def test_a_check_whose_outputs_are_no_numbers_fails():
     assert_unchanged(adapted, before)
 
 
-def test_the_check_leaves_dropout_and_modes_alone():
-    """Dropout draws anew in training and would pass for an error of the merge."""
+def test_what_is_random_in_training_merges_in_eval_mode_alone():
     adapted = vit(a=LoRA(rank=2, dropout=0.5)).train()
-    modes = [m.training for m in adapted.modules()]
+    before = snapshot(adapted)
+    with pytest.raises(InputError, match=r"adapter 'a' is random in training mode .dropout.*call eval\(\)"):
+        adapted.merge("a", check=X)
+    assert_unchanged(adapted, before)
+    modes = [m.training for m in adapted.eval().modules()]
     assert adapted.merge("a", check=X) == 2
-    assert [m.training for m in adapted.modules()] == modes and piece(adapted).training
+    assert [m.training for m in adapted.modules()] == modes
 
 
 @pytest.mark.parametrize("twin_of", [copy.deepcopy, lambda a: pickle.loads(pickle.dumps(a))], ids=["copy", "pickle"])

@@ -151,7 +151,7 @@ def test_a_file_reads_back_whatever_the_random_state_and_the_base_at_building(tu
 
 @every_case
 def test_merging_changes_nothing_and_unmerging_restores_bits(tuner, options, targets):
-    adapted = adapt(tuner, options, targets)
+    adapted = adapt(tuner, options, targets).eval()
     expected = outputs(adapted)
     assert adapted.merge("a") == len({piece.site.path for piece in adapted.pieces("a")})
     assert_close(outputs(adapted), expected, tolerance=1e-5)

@@ -19,7 +19,8 @@ rasterio = pytest.importorskip("rasterio")
 from scenes import ABC, VALUES, WHERE, noise, predict, read, scene_in, uneven, write  # noqa: E402
 
 from visadapt.benchmark.scene import mapped, measure_scene  # noqa: E402
-from visadapt.predict.scene import ahead, plan, predict_scene  # noqa: E402
+from visadapt.predict.scene import predict_scene  # noqa: E402
+from visadapt.predict.tiles import ahead, plan  # noqa: E402
 
 
 @pytest.fixture

@@ -177,9 +177,9 @@ def test_predict_refuses_other_bands_and_too_many_images(run, tmp_path, capsys):
     with rasterio.open(tmp_path / "one.tif", "w", driver="GTiff", **size) as raster:
         raster.write(np.ones((1, 20, 20), np.uint16))
     assert main(["predict", adapter, str(tmp_path / "one.tif"), "--out", str(tmp_path / "m.tif")]) == 2
-    assert "1 bands and the model takes 4" in error(capsys)
+    assert "1 band and the model takes 4" in error(capsys)
     assert main(["predict", adapter, str(run / "val"), "--out", str(tmp_path / "m.tif")]) == 2
-    assert "is one mask, for one scene" in error(capsys)
+    assert "is one mask, for one image; give a folder for 4 images" in error(capsys)
 
 
 def stored(run: Path, path: Path, **card) -> str:
@@ -217,7 +217,7 @@ def test_chips_of_a_model_that_saw_resized_images(run, tmp_path, capsys):
     adapter = stored(run, tmp_path / "a.safetensors", transforms=[resize(56, 56)])
     assert main(["predict", adapter, str(run / "val"), "--out", str(tmp_path / "out")]) == 0
     said = capsys.readouterr().out
-    assert said.count("tiles of 56 px,") == 4 and said.count("images resized to 56 x 56") == 1
+    assert said.count("1 tile of 56 px,") == 4 and said.count("images resized to 56 x 56") == 1
 
 
 @pytest.mark.parametrize(
@@ -334,7 +334,10 @@ def test_unsuitable_files_among_many_are_told(run, tmp_path, capsys):
     wrong = {Path(row["path"]).name: row["error"] for row in rows if "error" in row}
     assert [*wrong] == ["b.tif", "c.tif", "e.npy"]
     assert "b.tif" in wrong["b.tif"] and "damaged" in wrong["b.tif"]
-    assert "c.tif has 1 bands and the model takes 4 (B02" in wrong["c.tif"] and "e.npy has 2 bands" in wrong["e.npy"]
+    assert (
+        "c.tif has 1 band and the model takes 4 (B02" in wrong["c.tif"]
+        and "e.npy (height 9, width 9) has 2 bands" in wrong["e.npy"]
+    )
     assert main([*words, "--strict"]) == 2 and "b.tif" in error(capsys)
     assert not [*(tmp_path / "out").glob("*partial*")]
 

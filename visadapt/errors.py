@@ -44,6 +44,11 @@ def refusals(where: str) -> Iterator[None]:
         raise InputError(f"{where}: {' '.join(str(error).split()) or type(error).__name__}") from error
 
 
+def counted(count: int, noun: str) -> str:
+    """A number and a noun with a regular plural: "1 band", "4 bands"."""
+    return f"{count} {noun}{'s' * (count != 1)}"
+
+
 def hint(bad: str, good: Iterable[str], limit: int = 12) -> str:
     """Near misses of `bad` among `good`, or the whole list where nothing is near.
 

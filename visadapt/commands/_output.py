@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError
+from ..errors import InputError, counted
 from ..files import atomic
 
 
@@ -25,6 +25,13 @@ def check_out(out: str, *inputs: str | None) -> None:
             raise InputError(f"--out '{out}' would replace the input {given}; give another name")
 
 
+def is_file_name(out: Path) -> bool:
+    """True for a name that says file and not folder, by the suffix of an image or of JSON."""
+    from ..datasets.files import IMAGE_SUFFIXES
+
+    return out.suffix.lower() in (*IMAGE_SUFFIXES, ".json", ".jsonl")
+
+
 def write_json(path: str | None, text: str) -> None:
     """Write a JSON object that was formatted already, where there is a path."""
     if path:
@@ -38,14 +45,16 @@ def write_predictions(out: Path, count: int, answers: Iterable[tuple[Path, dict[
     Raises:
         InputError: every answer is an error.
     """
-    results, bad = out / "predictions.jsonl", 0
+    results, bad, first = out / "predictions.jsonl", 0, ""
     with atomic(results) as temporary, open(temporary, "w") as file:
         for path, answer in answers:
             file.write(json.dumps({"path": str(path), **answer}) + "\n")
             bad += "error" in answer
+            first = first or answer.get("error", "")
     if bad == count:
-        raise InputError(f"none of the {bad} images could be read; {results} says why")
-    print(f"{count - bad} images, wrote {results}" + (f"; {bad} unreadable, marked with 'error'" if bad else ""))
+        raise InputError(f"no prediction for {counted(bad, 'image')}, {results} says why; the first: {first}")
+    marked = f"; {bad} unreadable, marked with 'error'" if bad else ""
+    print(f"{counted(count - bad, 'image')}, wrote {results}{marked}")
 
 
 def print_json(value: Any) -> None:

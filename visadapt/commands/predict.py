@@ -7,38 +7,42 @@ import glob
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError
+from ..errors import InputError, counted
 from ._arguments import positive
-from ._masks import predict_masks
-from ._output import write_predictions
+from ._masks import given_for_tiles, predict_masks
+from ._output import is_file_name, write_predictions
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("adapter", help="adapter file of a training run")
     parser.add_argument("images", nargs="+", help="files, folders or globs")
-    parser.add_argument(
-        "--out", default="predictions", help="folder for predictions.jsonl and the pictures, or the .tif of one scene"
-    )
+    out = "folder for predictions.jsonl, masks and pictures; or the mask of one image: a .png, of a scene a .tif"
+    parser.add_argument("--out", default="predictions", help=out)
     parser.add_argument("--weights", help="base weights in place of those that the adapter file names")
     parser.add_argument("--task", type=int, help="number of the images' task, for adapters of several tasks")
     parser.add_argument("--batch-size", type=positive, help="images or tiles at once")
-    tile = "scenes: side of a tile in pixels; not given, that of the square images of the evaluation, or by the memory"
+    tile = "class maps: side of a tile in pixels, for scenes and for pictures that are larger; not given, that of the "
+    tile += "square images of the evaluation, or by the memory"
     parser.add_argument("--tile", type=positive, help=tile)
-    parser.add_argument("--overlap", type=float, default=0.25, help="scenes: share of a side that tiles have in common")
-    parser.add_argument("--memory", type=positive, metavar="MB", help="scenes: for all but the model; 1074 by default")
-    parser.add_argument("--no-pictures", action="store_true", help="write the JSON lines only")
+    parser.add_argument("--overlap", type=float, help="class maps: share of a tile that neighbours have too; 0.25")
+    memory = "class maps: for all but the model, 1074; pictures that need more, at 1 KiB per pixel, are tiled"
+    parser.add_argument("--memory", type=positive, metavar="MB", help=memory)
+    parser.add_argument("--no-pictures", action="store_true", help="write the JSON lines and masks only")
     parser.add_argument("--strict", action="store_true", help="stop at the first image that cannot be read")
     parser.add_argument("--device", help="cpu or cuda; what there is by default")
 
 
-def find_images(patterns: list[str]) -> list[Path]:
+def find_images(patterns: list[str], out: Path) -> list[Path]:
     """Image files of files, folders (with their subfolders) and globs, in a stable order.
 
+    Of folders and globs what lies below `out` is left out, and unfinished masks of scenes: this command wrote them.
+
     Raises:
-        InputError: a pattern gives nothing.
+        InputError: a pattern gives nothing, or an image is where results go, among which it could not be told.
     """
     from ..datasets.files import IMAGE_SUFFIXES
     from ..datasets.folder import images_below, is_image
@@ -47,17 +51,34 @@ def find_images(patterns: list[str]) -> list[Path]:
     for pattern in patterns:
         path = Path(pattern)
         if path.is_dir():
-            matches = images_below(path)
+            matches = _without_results(images_below(path), path, out)
         elif path.is_file():
             matches = [path]
         else:
+            base = Path(*takewhile(lambda part: not glob.has_magic(part), path.parts))
             matches = sorted(p for p in map(Path, glob.glob(pattern, recursive=True)) if is_image(p))
+            matches = _without_results(matches, base, out)
         if not matches:
             raise InputError(
                 f"no images at '{pattern}'; give a file, a folder or a glob of {', '.join(IMAGE_SUFFIXES)}"
             )
         found |= dict.fromkeys(matches)
-    return list(found)
+    results = out.resolve(), (out / "masks").resolve()
+    for folder, path in {path.parent: path for path in reversed(found)}.items():
+        if folder.resolve() in results:
+            raise InputError(f"{path} is where --out {out} puts results; write them to another folder")
+    return [*found]
+
+
+def _without_results(paths: list[Path], base: Path, out: Path) -> list[Path]:
+    """Images below a folder without what an earlier call wrote there; says how many were left out."""
+    root, home = base.resolve(), out.resolve()
+    kept = [p for p in paths if not p.name.endswith(".partial.tif")]
+    if root in home.parents:  # results are among the images, not the images among results
+        kept = [p for p in kept if not (root / p.relative_to(base)).is_relative_to(home)]
+    if left := len(paths) - len(kept):
+        print(f"left out {counted(left, 'image')} in {base} as results of earlier calls", file=sys.stderr)
+    return kept
 
 
 def run(args: argparse.Namespace) -> int:
@@ -65,17 +86,26 @@ def run(args: argparse.Namespace) -> int:
     from ..registry import TASKS
     from ..tasks.segment import Segmenter
 
-    paths = find_images(args.images)
+    paths = find_images(args.images, Path(args.out))
     segments = issubclass(TASKS.get(manifest_of_task(args.adapter)["task"]["type"]), Segmenter)
     return (predict_masks if segments else predict_labels)(args, paths, picture_names(paths))
 
 
 def predict_labels(args: argparse.Namespace, paths: list[Path], names: dict[Path, str]) -> int:
-    """Labels of images, and with them pictures under their names."""
+    """Labels of images, and with them pictures under their names.
+
+    Raises:
+        InputError: --out is the name of a file, options are about tiles, or no readable image.
+    """
     from ..predict.image import Predictor
 
+    out = Path(args.out)
+    if is_file_name(out):
+        raise InputError(f"--out {out} names a file; labels and pictures go to a folder, give its name")
+    if given := given_for_tiles(args):
+        raise InputError(f"{args.adapter} labels whole images; leave out {', '.join(given)}, made for class maps")
     predictor = Predictor(args.adapter, weights=args.weights, device=args.device, task=args.task)
-    write_predictions(Path(args.out), len(paths), _labelled(args, predictor, paths, names))
+    write_predictions(out, len(paths), _labelled(args, predictor, paths, names))
     return 0
 
 

@@ -150,9 +150,10 @@ class Merger:
         folding = {id(p) for p in pieces if p.folds}
         in_place = any(adapted.adapters[n].trains_base for n in names)
         if not folding and not in_place:
-            kinds = sorted({p.kind for p in pieces})
-            what = f"kinds {kinds}" if kinds else "no pieces"
-            raise InputError(f"adapters {names} have {what}; only delta and weight adapters can be merged")
+            raise InputError(
+                f"nothing of {', '.join(_told(adapted, n) for n in names)} can be folded into weights, which take in "
+                "the kinds delta and weight alone; use the adapter file itself, which needs no merging"
+            )
         adapted.check_starts(names)
         for name in names:
             if not adapted.is_enabled(name):
@@ -168,6 +169,11 @@ class Merger:
                 other = left[0].owner
                 raise InputError(
                     f"{path} also carries the enabled adapter '{other}'; merge both together or disable it"
+                )
+            if drawn := next((p.owner for p in chosen if p.training and p.by_forward() and p.random), None):
+                raise InputError(
+                    f"adapter '{drawn}' is random in training mode (dropout), and no weight gives what it gives now; "
+                    "call eval() before merging"
                 )
             if chosen and not module.weight.is_floating_point():
                 raise InputError(f"the weight of {path} is stored as {module.weight.dtype}; nothing merges into it")
@@ -215,6 +221,12 @@ class Merger:
         with evaluating(adapted):  # dropout draws anew and is no error of the merge
             features = adapted(check)
         return torch.cat([features.native.flatten(), features.tokens.flatten()])
+
+
+def _told(adapted: Adapted, name: str) -> str:
+    """An adapter for a message: its name, its class and what it is made of."""
+    kinds = ", ".join(sorted({p.kind for p in adapted.pieces(name)}))
+    return f"'{name}' ({type(adapted.adapters[name]).__name__}, {f'kind {kinds}' if kinds else 'no pieces'})"
 
 
 def _few(module: nn.Module, pieces: list[SiteModule]) -> bool:

@@ -9,7 +9,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from ..errors import InputError
+from ..errors import InputError, counted
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
@@ -101,7 +101,7 @@ def read_lines(path: Path) -> list[tuple[int, str]]:
     return lines
 
 
-def read_image(path: str | Path, channels: int = 3) -> np.ndarray:
+def read_image(path: str | Path, channels: int = 3, advice: str = "set channels or convert it") -> np.ndarray:
     """Read one image.
 
     jpg, png, webp and bmp are decoded in RGB order; with `channels=3` grey is repeated to three bands, alpha is
@@ -111,6 +111,7 @@ def read_image(path: str | Path, channels: int = 3) -> np.ndarray:
     Args:
         path: the file; its suffix decides how it is read.
         channels: the number of bands the caller needs.
+        advice: what to do about an image with another number of bands, for the error.
 
     Returns:
         (H, W, channels), in the values and the type of the file; rarer types of arrays as float32.
@@ -136,9 +137,7 @@ def read_image(path: str | Path, channels: int = 3) -> np.ndarray:
         image = np.repeat(image, 3, axis=2)
     if image.shape[2] != channels:
         layout = f" (its array is {image.shape}, read as height, width, bands)" if suffix == ".npy" else ""
-        raise InputError(
-            f"{path} has {image.shape[2]} bands{layout}, {channels} are needed; set channels or convert it"
-        )
+        raise InputError(f"{path} has {counted(image.shape[2], 'band')}{layout}, {channels} are needed; {advice}")
     return image
 
 

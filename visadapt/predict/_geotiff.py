@@ -11,6 +11,7 @@ from ..datasets.files import UnreadableImage
 from ..datasets.raster_files import cleaned
 from ..errors import InputError
 from .bands import Bands, UnsuitableImage
+from .tiles import mirrored
 
 try:
     import rasterio
@@ -90,15 +91,12 @@ class Scene:
         A scene that is smaller than the tile is mirrored at its right and lower edges.
         """
         window = Window(x, y, min(side, self.width - x), min(side, self.height - y))
-        try:
-            values, empty = self._read(window)
-        except rasterio.errors.RasterioIOError:
-            values, empty = self._read_blocks(window)
-        missing = (0, side - window.height), (0, side - window.width)
-        if missing != ((0, 0), (0, 0)):
-            values = np.pad(values, ((0, 0), *missing), mode="reflect")
-            empty = np.pad(empty, missing, mode="reflect")
-        return values, empty
+        with rasterio.Env():  # GDAL reports errors per thread
+            try:
+                values, empty = self._read(window)
+            except rasterio.errors.RasterioIOError:
+                values, empty = self._read_blocks(window)
+        return mirrored(values, empty, side)
 
     def _read(self, window: Window) -> tuple[np.ndarray, np.ndarray]:
         values = self.raster.read(self.indexes, window=window, out_dtype=self.file_dtype)

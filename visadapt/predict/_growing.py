@@ -17,6 +17,7 @@ from rasterio.windows import Window
 from ..errors import InputError
 from ..files import atomic
 from ._geotiff import Scene, open_raster
+from .tiles import named_shares
 
 
 def partial_path(out: Path) -> Path:
@@ -163,6 +164,14 @@ class GrowingMask:
                     f"cannot write {self.out}: {error}; {self.room()}; {self.partial} is complete, the next run goes on"
                 ) from error
         self.discard()
+
+    def shares(self) -> dict[str, float]:
+        """Part of the pixels of each class that occurs in the finished mask, by its name."""
+        counts = np.zeros(len(self.classes), np.int64)
+        with open_raster(self.out) as mask:
+            for _, window in mask.block_windows(1):
+                counts += np.bincount(mask.read(1, window=window).ravel(), minlength=self.nodata + 1)[: len(counts)]
+        return named_shares(counts, self.size // np.dtype(self.dtype).itemsize, self.classes)
 
     def discard(self) -> None:
         """Take the partial file away."""

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from ..datasets.raster_files import constant
-from ..errors import InputError
+from ..errors import InputError, counted
 
 
 class UnsuitableImage(InputError):
@@ -91,7 +91,7 @@ class Bands:
         return [where.get(name) for name in self.names], taken
 
     def _counted(self, names: Sequence[str | None]) -> str:
-        return f"{len(names)} bands" + (f" ({listed(names)})" if any(names) else "")
+        return counted(len(names), "band") + (f" ({listed(names)})" if any(names) else "")
 
     def _wanted(self) -> str:
         own = f"{self.count}" + (f" ({listed(self.names)})" if self.names else "")

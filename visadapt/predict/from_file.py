@@ -19,7 +19,10 @@ from ..datasets.files import UnreadableImage, read_image
 from ..errors import InputError
 from ..registry import TASKS
 from ..transforms.albu import Albu
-from .bands import Bands, UnsuitableImage
+from .bands import Bands, UnsuitableImage, listed
+from .tiles import say
+
+NOT_FINITE = {"error": "the scores are not finite; the image holds values far out of range"}
 
 
 def available(device: str | None) -> torch.device:
@@ -123,26 +126,42 @@ class FromFile:
             backbone["weights"] = weights
         head = {"type": manifest["heads"]["main"]["type"], **manifest["heads"]["main"]["arguments"]}
         self.task = TASKS.build({**manifest["task"], "backbone": backbone, "head": head})
-        self.report = self.task.adapted.load(path, heads=self.task.heads)
+        self.report = self.task.eval().adapted.load(path, heads=self.task.heads)
         self.key: str = manifest["sha256"]
         self.task_number = task
+        self.said: set[str] = set()
         adapted = self.task.adapted
         check_task_number(task, adapted, path)
         if merge and task is None and any(p.folds and p.on for p in adapted.pieces()):
             adapted.merge()
-        self.task.to(self.device).eval()
+        self.task.to(self.device)
 
     def check_transform(self, path: str | os.PathLike) -> None:
         """Refuse a file whose transforms cannot stand before this prediction."""
 
     def read(self, path: Path) -> np.ndarray:
-        """One image (H, W, C).
+        """One image (H, W, C), whose bands are those of the model by their place.
 
         Raises:
             UnreadableImage: it is missing or damaged.
             UnsuitableImage: it is not what the model takes.
         """
-        return read_image(path, self.channels)
+        names = f" ({listed(self.bands)})" if self.bands else ""
+        try:
+            image = read_image(path, self.channels, f"give the model images with the bands it was trained on{names}")
+        except UnreadableImage:
+            raise
+        except InputError as error:
+            raise UnsuitableImage(str(error)) from error
+        if self.bands:
+            self.say_once(f"bands of images are taken by their place to be {listed(self.bands)}")
+        return image
+
+    def say_once(self, line: str) -> None:
+        """Print a line that holds for many images, on the standard error, when it is new."""
+        if line not in self.said:
+            self.said.add(line)
+            say(line)
 
     def predict(self, images: Sequence[np.ndarray]) -> list[dict[str, Any]]:
         """A prediction, as JSON values and arrays, for each image (H, W, C) of any size."""
@@ -157,7 +176,7 @@ class FromFile:
             yield same, self.task.data_preprocessor.normalize(batch)
 
     def predict_files(
-        self, paths: Iterable[Path], batch_size: int = 32, strict: bool = False
+        self, paths: Iterable[Path], batch_size: int = 32, strict: bool = False, **options: Any
     ) -> Iterator[tuple[Path, np.ndarray | None, dict[str, Any]]]:
         """Predictions for image files in their order, a batch at a time.
 
@@ -165,6 +184,7 @@ class FromFile:
             paths: image files.
             batch_size: images held at once.
             strict: stop at the first file that cannot be read; otherwise it gives (path, None, {"error": reason}).
+            options: of `predict`.
         """
         waiting: list[tuple[Path, np.ndarray | None, str]] = []
         for path in paths:
@@ -175,13 +195,13 @@ class FromFile:
                     raise
                 waiting.append((path, None, str(error)))
             if len(waiting) == batch_size:
-                yield from self._answers(waiting)
+                yield from self._answers(waiting, options)
                 waiting = []
-        yield from self._answers(waiting)
+        yield from self._answers(waiting, options)
 
     def _answers(
-        self, batch: list[tuple[Path, np.ndarray | None, str]]
+        self, batch: list[tuple[Path, np.ndarray | None, str]], options: dict[str, Any]
     ) -> Iterator[tuple[Path, np.ndarray | None, dict[str, Any]]]:
-        answers = iter(self.predict([image for _, image, _ in batch if image is not None]))
+        answers = iter(self.predict([image for _, image, _ in batch if image is not None], **options))
         for path, image, reason in batch:
             yield path, image, {"error": reason} if image is None else next(answers)

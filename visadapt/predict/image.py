@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .from_file import FromFile
+from .from_file import NOT_FINITE, FromFile
 
 
 class Predictor(FromFile):
@@ -34,7 +34,7 @@ class Predictor(FromFile):
 
     def _answer(self, scores: np.ndarray, several: bool) -> dict[str, Any]:
         if not np.isfinite(scores).all():
-            return {"error": "the scores are not finite; the image holds values far out of range"}
+            return dict(NOT_FINITE)
         if several:
             chosen = [n for n, score in zip(self.classes, scores) if score > 0.5]
             named = {"label": ", ".join(chosen) or "none", "labels": chosen, "score": float(scores.max())}

@@ -4,32 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import os
-import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ..datasets.files import RASTERS, UnreadableImage
-from ..errors import InputError
+from ..errors import InputError, counted
 from ..visualization.masks import default_palette
 from ._geotiff import Scene, rasterio
 from ._growing import GrowingMask, partial_path
 from .bands import Bands, listed
-from .windows import Grid, Job, RowBand, ramp
-
-MEMORY = 1 << 30
-"""Bytes for everything but the model's weights, where nothing else is said."""
-PIXEL = 1024
-"""Bytes that a model is taken to need per pixel of a tile, beside its input and its scores."""
+from .tiles import MEMORY, Scorer, plan, say, score_tiles
+from .windows import Grid
 
 
 @dataclass
@@ -52,6 +44,7 @@ class SceneReport:
         seconds: of the whole run.
         model_seconds: of these, inside the model.
         notes: lines about how the scene was read.
+        shares: part of the pixels of each class that occurs, by its name.
     """
 
     out: Path
@@ -69,12 +62,13 @@ class SceneReport:
     seconds: float
     model_seconds: float
     notes: list[str] = field(default_factory=list)
+    shares: dict[str, float] = field(default_factory=dict)
 
     def lines(self) -> list[str]:
         """The report for a person: the result, then what is unusual about it."""
         share = self.model_seconds / self.seconds if self.seconds else 0.0
         said = [
-            f"wrote {self.out}: {self.width} x {self.height} pixels, {self.tiles} tiles of {self.tile} px, "
+            f"wrote {self.out}: {self.width} x {self.height} pixels, {counted(self.tiles, 'tile')} of {self.tile} px, "
             f"{self.batch} at once, {self.seconds:.1f} s, {share:.0%} of it in the model",
             *self.notes,
         ]
@@ -83,128 +77,12 @@ class SceneReport:
         if self.nodata:
             said.append(f"{self.nodata:.2%} of the pixels have no class")
         if self.unscored:
-            said.append(f"{self.unscored} pixels have no class because their scores are not finite")
+            said.append(f"without a class because their scores are not finite: {counted(self.unscored, 'pixel')}")
         if self.unreadable:
             blocks = ", ".join(f"{w} x {h} at column {x}, row {y}" for x, y, w, h in self.unreadable[:5])
             more = f" and {len(self.unreadable) - 5} more" if len(self.unreadable) > 5 else ""
-            said.append(f"{len(self.unreadable)} damaged blocks have no class: {blocks}{more}")
+            said.append(f"without a class: {counted(len(self.unreadable), 'damaged block')}, {blocks}{more}")
         return said
-
-
-def say(line: str) -> None:
-    tqdm.write(line, file=sys.stderr)
-
-
-class Scorer:
-    """Scores tiles in batches, which are halved when memory runs out, and keeps the time.
-
-    Args:
-        score: tiles (B, C, t, t) to scores (B, K, t, t).
-        classes: K.
-        batch: tiles at once.
-    """
-
-    def __init__(self, score: Callable[[Tensor], Tensor], classes: int, batch: int) -> None:
-        self.score, self.classes, self.batch = score, classes, batch
-        self.halvings, self.seconds = 0, 0.0
-
-    def __call__(self, tiles: Tensor) -> Iterator[Tensor]:
-        """Scores (K, t, t) of one tile after the other.
-
-        Raises:
-            InputError: memory does not suffice for a single tile, or the scores have another shape.
-        """
-        at = 0
-        while at < len(tiles):
-            scores = self._try(tiles[at : at + self.batch])
-            if scores is None:
-                self._halve(tiles.shape[-1])
-                continue
-            yield from scores
-            at += len(scores)
-
-    def _try(self, tiles: Tensor) -> Tensor | None:
-        """Scores, or None where memory ran out."""
-        start = time.perf_counter()
-        try:
-            scores = self.score(tiles)
-            if scores.is_cuda:
-                torch.cuda.synchronize(scores.device)
-        except (RuntimeError, MemoryError) as error:
-            words = "can't allocate memory", "not enough memory"  # of torch's allocator for CPUs
-            if not isinstance(error, torch.OutOfMemoryError | MemoryError) and not any(w in str(error) for w in words):
-                raise
-            return None
-        finally:
-            self.seconds += time.perf_counter() - start
-        wanted = len(tiles), self.classes, *tiles.shape[2:]
-        if scores.shape != wanted:
-            raise InputError(f"the model gives scores {tuple(scores.shape)} for tiles; {wanted} are needed")
-        return scores
-
-    def _halve(self, side: int) -> None:
-        if self.batch == 1:
-            raise InputError(f"memory does not suffice for one tile of {side} px; use a smaller tile")
-        self.batch //= 2
-        self.halvings += 1
-        say(f"out of memory; going on with {self.batch} tiles at once")
-
-
-def ahead(function: Callable, items: Iterable) -> Iterator[tuple[Any, Any]]:
-    """(item, function(item)) in order, the next one being computed in a thread while the caller works on this one."""
-    with ThreadPoolExecutor(1) as pool:
-        waiting: tuple[Any, Future] | None = None
-        for item in items:
-            coming = item, pool.submit(function, item)
-            if waiting is not None:
-                yield waiting[0], waiting[1].result()
-            waiting = coming
-        if waiting is not None:
-            yield waiting[0], waiting[1].result()
-
-
-def plan(
-    width: int,
-    height: int,
-    channels: int,
-    classes: int,
-    tile: int | None,
-    overlap: float,
-    batch: int | None,
-    memory: int,
-) -> tuple[Grid, int]:
-    """Tiles and batch for a memory budget.
-
-    Of the budget a quarter is the model's, which is taken to need 1024 + 8 C + 8 K bytes per pixel of its batch: this
-    gives the tile where none is set (a multiple of 32, up to 1024, and no longer than the scene, so that a scene that
-    fits is one tile) and the batch (up to 16). Half is for the band of rows, which decides on the strips of columns.
-    An eighth is for the cache of the file's blocks, and the rest is slack.
-
-    Returns:
-        The grid, and the batch.
-
-    Raises:
-        InputError: a value out of range, or a budget that is too small for the tile.
-    """
-    if not 0 <= overlap < 1:
-        raise InputError(f"overlap must be in [0, 1), got {overlap}")
-    for name, value in {"tile": tile, "batch": batch}.items():
-        if value is not None and value < 1:
-            raise InputError(f"{name} must be 1 or more, got {value}")
-    per_pixel = PIXEL + 8 * (channels + classes)
-    if tile is None:
-        fits = int((memory / 4 / per_pixel) ** 0.5) // 32 * 32
-        tile = max(32, min(fits, 1024, -(-max(width, height) // 32) * 32))
-    row = tile * (4 * classes + RowBand.PER_PIXEL)  # bytes per column of the band
-    if tile * row > memory // 2:
-        raise InputError(
-            f"{memory / 1e6:.0f} MB of memory are not enough for tiles of {tile} px with {classes} classes; "
-            f"allow {2 * tile * row / 1e6:.0f} MB or use a smaller tile"
-        )
-    if batch is None:
-        batch = max(1, min(16, int(memory / 4 / per_pixel / tile**2)))
-    shared = min(int(overlap * tile), tile - 1)
-    return Grid(width, height, tile, shared, strips=-(-width * row // (memory // 2))), batch
 
 
 @torch.inference_mode()
@@ -274,7 +152,7 @@ def predict_scene(
         if said := mask.start(_settings(source, scene, grid, classes, colors, key), resume):
             say(said)
         resumed = mask.share("pixels")
-        tiles = _fill(mask, scene, grid, scorer, progress)
+        tiles = score_tiles(mask, scene, grid, scorer, progress)
         if mask.unreadable and mask.share("nodata") == 1:
             mask.discard()
             raise UnreadableImage(f"{source} is damaged: none of its pixels can be read")
@@ -284,6 +162,7 @@ def predict_scene(
         *(mask.share("nodata"), mask.counts["unscored"], sorted(mask.unreadable), scene.crs),
         *(time.perf_counter() - start, scorer.seconds),
         [f"the scene does not name its bands; taken as {listed(scene.taken)}"] if scene.taken else [],
+        mask.shares(),
     )
 
 
@@ -309,32 +188,3 @@ def _settings(
     for name, value in {"nodata": scene.bands.nodata, "fill": scene.bands.fill}.items():
         given[name] = None if value is None else str(value)  # a NaN is not equal to itself
     return given | {"classes": look, "model": key}
-
-
-def _fill(mask: GrowingMask, scene: Scene, grid: Grid, scorer: Scorer, progress: bool) -> int:
-    """Score all tiles that are missing in the mask, and write it band by band; the number of tiles."""
-
-    def read(job: Job) -> tuple[Tensor, Tensor]:
-        with rasterio.Env():  # GDAL reports errors per thread
-            values, empty = zip(*(scene.tile(x, job.y, grid.tile) for x in job.xs))
-        return torch.from_numpy(np.stack(values)), torch.from_numpy(np.stack(empty))
-
-    jobs = [*grid.jobs(scorer.batch, mask.done)]
-    weights, band, count = ramp(grid.tile, grid.shared), None, sum(len(job.xs) for job in jobs)
-    bar = tqdm(total=count, unit="tile", disable=not (progress and sys.stderr.isatty()), leave=False)
-    # closed here, also when the model fails: the thread must not read on from a file that is closed next
-    with bar, closing(ahead(read, jobs)) as batches:
-        for job, (tiles, empty) in batches:
-            if band is None or band.strip != job.strip:
-                band = RowBand(scorer.classes, weights, job.strip, job.y)
-            for x, nothing in zip(job.xs, empty):
-                band.mark(x, nothing)
-            full = [i for i, nothing in enumerate(empty) if not nothing.all()]
-            for i, scores in zip(full, scorer(tiles[full])):
-                band.add(job.xs[i], scores)
-            if job.until is not None:
-                top = band.top
-                labels, unscored = band.finish(job.until, mask.nodata)
-                mask.write(labels.numpy(), unscored.numpy(), job.strip[0], top)
-            bar.update(len(job.xs))
-    return count

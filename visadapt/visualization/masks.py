@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import cv2
 import numpy as np
 from PIL import Image, ImageDraw
 
 from ..errors import InputError
+from ..files import atomic
 from ..ignored import IGNORED
 from .picture import as_picture, fit, font
 
@@ -24,6 +26,22 @@ def default_palette(count: int) -> list[Colour]:
 
     table = matplotlib.colormaps["tab10" if count <= 10 else "tab20"].colors
     return [tuple(round(255 * v) for v in table[i % len(table)]) for i in range(count)]
+
+
+def save_mask(path: str | Path, mask: np.ndarray, palette: Sequence[Colour]) -> None:
+    """Write class indices (H, W) uint8 as a PNG that shows them in colours; 255 is black.
+
+    Args:
+        path: the file.
+        mask: class indices, or 255.
+        palette: a colour per class, 255 at most.
+    """
+    table = np.zeros((IGNORED + 1, 3), np.uint8)  # a shorter one has Pillow store fewer bits, which do not hold 255
+    table[: len(palette)] = palette
+    picture = Image.fromarray(mask)
+    picture.putpalette(table.tobytes())
+    with atomic(path) as temporary:
+        picture.save(temporary, "PNG")
 
 
 def mask_overlay(image: np.ndarray, mask: np.ndarray, palette: Sequence[Colour], opacity: float = 0.5) -> np.ndarray:
