@@ -17,7 +17,7 @@ from .files import FULL
 
 COMMANDS = {
     "train": "train an adapter and a head from a config",
-    "test": "evaluate an adapter file or a run on its test split",
+    "test": "evaluate an adapter file on the test or validation set of a config",
     "predict": "label images; write JSON lines and overlay pictures",
     "merge": "fold an adapter into its backbone and write the weights",
     "convert": "convert checkpoints of other projects",
@@ -25,7 +25,7 @@ COMMANDS = {
     "list": "show adapters, backbones, heads, tasks and datasets",
     "sites": "show where a backbone can be adapted",
     "info": "show what an adapter file holds",
-    "check": "check a config: arguments, model, datasets",
+    "check": "check a config: arguments, model, metrics, some samples",
     "data": "check the data of a config: labels, bands, sizes, damaged and equal files",
     "doctor": "check the installation",
 }

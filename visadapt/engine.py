@@ -10,11 +10,11 @@ import torch
 import torch.distributed as dist
 from mmengine.config import Config
 from mmengine.dist import barrier
-from mmengine.runner import Runner
-from torch import nn
+from mmengine.runner import BaseLoop, Runner
 
 from . import checkpoint
 from .checkpoint import unwrap
+from .checks import check_data, check_monitors, check_names, names_of
 from .errors import InputError, refusals
 from .hooks.cache import CacheFeatures
 from .hooks.files import Console, MetricsFile
@@ -36,13 +36,18 @@ class AdaptRunner(Runner):
     def build_train_loop(self, loop: Any) -> Any:
         with refusals("train_dataloader, train_cfg"):
             built = super().build_train_loop(loop)
-        check_classes(unwrap(self.model), built.dataloader.dataset, "train_dataloader")
+        check_data(unwrap(self.model), built.dataloader.dataset, "train_dataloader")
         return built
 
     def build_val_loop(self, loop: Any) -> Any:
         with refusals("val_dataloader, val_cfg"):
             built = super().build_val_loop(loop)
-        check_classes(unwrap(self.model), built.dataloader.dataset, "val_dataloader")
+        dataset = built.dataloader.dataset
+        check_data(unwrap(self.model), dataset, "val_dataloader")
+        if isinstance(self._train_loop, BaseLoop):
+            trained_on = names_of(self._train_loop.dataloader.dataset)
+            check_names(trained_on, "train_dataloader", names_of(dataset), "val_dataloader", fewer_classes=True)
+            check_monitors(self.hooks, built.evaluator)
         return built
 
     def build_optim_wrapper(self, optim_wrapper: Any) -> Any:
@@ -70,23 +75,6 @@ class AdaptRunner(Runner):
                 ) from error
             print(f"resumed from {written[-1]} at epoch {self.epoch}, step {self.iter}", flush=True)
         self._has_loaded = True
-
-
-def check_classes(task: nn.Module, dataset: Any, where: str) -> None:
-    """Refuse a data set with other classes than the heads have, before training begins.
-
-    A training set may name fewer of them: a list file makes its classes from what occurs in it.
-
-    Raises:
-        InputError: the numbers differ.
-    """
-    classes = getattr(dataset, "classes", ())
-    for head in task.heads.values():
-        count = getattr(head, "num_classes", None)
-        if not classes or count is None:
-            continue
-        if len(classes) > count or (len(classes) < count and where != "train_dataloader"):
-            raise InputError(f"{where}: the data set has {len(classes)} classes, the head has {count}; set num_classes")
 
 
 def is_main_process() -> bool:

@@ -87,5 +87,6 @@ def mask_page(task: Any, metric: Any, dataset: Any, folder: Path) -> list[Path]:
             for (s, _), o in zip(chosen, outputs)
         ]
         sections[heading] = [key, *(figure(p, caption) for p, (_, caption) in zip(pictures, chosen))]
-    write_page(page, f"Predictions on {len(dataset)} images", sections)
+    unit = "tiles" if getattr(dataset, "tile", 0) else "images"
+    write_page(page, f"Predictions on {len(dataset)} {unit}", sections)
     return [page]

@@ -14,7 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("adapter", help="adapter file of a run")
     parser.add_argument("overrides", nargs="*", default=[], help="a.b.c=value, for keys that the config has")
     parser.add_argument("--cfg-options", nargs="+", default=[], help="the same as positional overrides")
-    parser.add_argument("--out", help="folder for report.json, confusion.png and predictions.png")
+    parser.add_argument("--out", help="folder for report.json, confusion.png and predictions.png, of class maps .html")
     parser.add_argument("--device", help="cpu or cuda; what there is by default")
     parser.add_argument("--json", action="store_true", help="print the metrics as one JSON object")
 
@@ -24,7 +24,8 @@ def run(args: argparse.Namespace) -> int:
     from mmengine.runner import Runner
 
     from .. import config
-    from ..engine import check_classes
+    from ..checks import check_data, check_names, names_of
+    from ..core.io import read_manifest
     from ..predict.from_file import available
     from ..registry import TASKS
     from ..run_report import evaluate, evaluation_files
@@ -38,7 +39,9 @@ def run(args: argparse.Namespace) -> int:
     report = task.adapted.load(args.adapter, heads=task.heads)
     with refusals(f"{part}_dataloader"):
         loader = Runner.build_dataloader(cfg[f"{part}_dataloader"], seed=0)
-    check_classes(task, loader.dataset, f"{part}_dataloader")
+    check_data(task, loader.dataset, f"{part}_dataloader")
+    trained_on = read_manifest(args.adapter)
+    check_names(trained_on, args.adapter, names_of(loader.dataset), f"{part}_dataloader", fewer_classes=True)
     task.to(device)
     evaluator = Evaluator(cfg[f"{part}_evaluator"])
     evaluator.dataset_meta = loader.dataset.metainfo
@@ -49,9 +52,10 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps({"images": images, "unreadable": unreadable, **metrics}))
     else:
         print(report)
-        print("  ".join(f"{k} {v:.4f}" for k, v in metrics.items()), f" on {images} images ({part} set)")
+        unit = "tiles" if getattr(loader.dataset, "tile", 0) else "images"
+        print("  ".join(f"{k} {v:.4f}" for k, v in metrics.items()), f" on {images} {unit} ({part} set)")
         if unreadable:
-            print(f"{unreadable} unreadable images were left out")
+            print(f"{unreadable} unreadable {unit} were left out")
     if args.out:
         for path in evaluation_files(task, evaluator.metrics[0], loader.dataset, Path(args.out)):
             print(f"wrote {path}")

@@ -241,11 +241,18 @@ def load_adapter(
     tensors = read_tensors(path, manifest)
     made_for, here = manifest["backbone"], fingerprint(adapted)
     if check_base and made_for["fingerprint"] != here:
-        name = made_for["arguments"].get("name", "")
+        name, weights = made_for["arguments"].get("name", ""), made_for["arguments"].get("weights", "")
+        if weights is None:
+            advice = "Its base had random weights, which are lost: train again with weights=... of the backbone"
+        else:
+            advice = (
+                f"Name the weights that it was trained on{f', {weights}' if weights else ''} (--weights FILE of "
+                "predict and merge, model.backbone.weights=FILE of test), or pass check_base=False to load() if the "
+                "bases are equal"
+            )
         raise InputError(
             f"{path} was made for {made_for['type']}({name}), fingerprint {made_for['fingerprint'][:12]}; "
-            f"this backbone has {here[:12]}. Load the same base weights, or pass check_base=False to load() if they "
-            "are equal"
+            f"this backbone has {here[:12]}. {advice}"
         )
     attached = _attach_missing(adapted, manifest, path)
     try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -38,8 +38,12 @@ class ClassificationMetric(BaseMetric):
 
     Args:
         worst: how many mistakes are kept.
+
+    Attributes:
+        figures: names of the metrics; a subclass that adds some adds their names.
     """
 
+    figures: ClassVar[tuple[str, ...]] = ("top1", "top5", "mean_class_accuracy", "ece")
     default_prefix = ""  # an empty one keeps the keys bare; None would be warned about
 
     def __init__(self, worst: int = 20):

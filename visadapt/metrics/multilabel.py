@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from statistics import fmean
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from mmengine.evaluator import BaseMetric
@@ -38,8 +38,12 @@ class MultilabelMetric(BaseMetric):
 
     Args:
         worst: how many images are kept.
+
+    Attributes:
+        figures: names of the metrics; a subclass that adds some adds their names.
     """
 
+    figures: ClassVar[tuple[str, ...]] = ("map_macro", "map_micro", "f1_macro", "f1_micro")
     default_prefix = ""  # an empty one keeps the keys bare; None would be warned about
 
     def __init__(self, worst: int = 20):

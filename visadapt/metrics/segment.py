@@ -49,6 +49,9 @@ class SegmentationMetric(BaseMetric):
         boundary: what "near" means, as a share of the image's diagonal, at least 1 pixel; 0 leaves boundary_f out.
         worst: how many images are kept.
 
+    Attributes:
+        figures: names of the metrics; a subclass that adds some adds their names.
+
     Raises:
         InputError: a negative boundary.
     """
@@ -60,6 +63,7 @@ class SegmentationMetric(BaseMetric):
         if not boundary >= 0:
             raise InputError(f"SegmentationMetric: boundary must be 0 or more, got {boundary}")
         self.boundary, self.worst = boundary, worst
+        self.figures = ("miou", "mf1", "mean_accuracy", "pixel_accuracy", *["boundary_f"] * (boundary > 0))
         self.report: dict[str, Any] = {}
 
     @property

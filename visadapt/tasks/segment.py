@@ -31,7 +31,8 @@ class Segmenter(AdaptedTask):
         checkpointing: recompute block activations in the backward pass instead of keeping them.
 
     Raises:
-        InputError: a backbone without maps, a neck for other levels, or a loss beside the head's own.
+        InputError: a backbone without maps, a neck for other levels, a loss beside the head's own, or a head and
+            adapters that do not agree on queries.
     """
 
     def __init__(
@@ -54,12 +55,28 @@ class Segmenter(AdaptedTask):
         if hasattr(self.head, "loss") and loss is not None:
             raise InputError(f"Segmenter: {type(self.head).__name__} has a loss of its own; leave `loss` out")
         self.criterion = None if hasattr(self.head, "loss") else LOSSES.build(loss or {"type": "PixelCrossEntropy"})
-        if self.adapted.queries() is not None and not getattr(self.head, "linked_queries", False):
+        if adapters is not None:  # else those of a file may follow
+            self._check_queries()
+        self.adapted.set_trainable(*self.adapted.adapters, heads=[self.head])
+
+    def _check_queries(self) -> None:
+        offered, head = self.adapted.queries(), type(self.head).__name__
+        linked = getattr(self.head, "linked_queries", False)
+        if offered is not None and not linked:
             raise InputError(
-                f"Segmenter: an adapter offers queries and {type(self.head).__name__} takes none; use "
+                f"Segmenter: an adapter offers queries and {head} takes none; use "
                 "Mask2FormerHead(linked_queries=True), or an adapter without them"
             )
-        self.adapted.set_trainable(*self.adapted.adapters, heads=[self.head])
+        if linked and offered is None:
+            raise InputError(
+                f"Segmenter: {head}(linked_queries=True) takes the queries of an adapter and none offers any; add one "
+                "that does, such as Rein with query_dim, or leave linked_queries out"
+            )
+        if linked and offered.shape[1] != self.head.width:
+            raise InputError(
+                f"Segmenter: the adapter's queries have {offered.shape[1]} channels, {head} takes {self.head.width}; "
+                "give both one width (query_dim of Rein, width of the head)"
+            )
 
     def card(self) -> dict[str, Any]:
         neck = {} if self.neck is None else {"neck": {"type": type(self.neck).__name__, **arguments_of(self.neck)}}
