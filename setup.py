@@ -44,7 +44,7 @@ EXTRAS["demo"] = EXTRAS["weights"]
 EXTRAS["all"] = sorted({package for packages in EXTRAS.values() for package in packages})
 EXTRAS["dev"] = [
     *("pytest", "pytest-xdist", "hypothesis", "ruff", "pre-commit", "psutil"),
-    *(package for extra in ("weights", "peft", "clip", "seg", "geo") for package in EXTRAS[extra]),
+    *(package for extra in ("weights", "peft", "clip", "seg", "geo", "video") for package in EXTRAS[extra]),
 ]
 
 setup(

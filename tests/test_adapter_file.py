@@ -22,6 +22,7 @@ from visadapt.core.adapted import Adapted
 from visadapt.core.io import read_manifest
 from visadapt.core.manifest import NEEDED
 from visadapt.heads.linear import LinearHead
+from visadapt.heads.segment import LinearSegHead
 from visadapt.predict.image import Predictor
 
 ARCH = {"depth": 2, "embed_dim": 48, "num_heads": 3, "init_values": 1.0}
@@ -318,3 +319,12 @@ def test_damage_anywhere_is_refused_in_one_line(saved, tmp_path, capsys):
             continue
         assert code == 2 and said.err.count("\n") == 1 and said.err.startswith("visadapt: error: ")
         assert refusal(adapted.load, path) and not adapted.adapters
+
+
+def test_info_of_a_head_with_batch_norm_and_of_long_keys(tmp_path, capsys):
+    head, path = LinearSegHead(3, [48, 48]), tmp_path / "a.safetensors"
+    fresh().save(path, heads={"main": head}, extra={"file_bands": ["B1", "B2"]})
+    assert main(["info", str(path)]) == 0
+    out = capsys.readouterr().out
+    assert f"LinearSegHead(num_classes=3), {sum(p.numel() for p in head.parameters()):,} parameters" in out
+    assert "\nfile_bands 2: B1, B2\n" in out

@@ -233,7 +233,10 @@ def test_list_says_what_is_registered(capsys):
         cls = importlib.import_module("visadapt.commands.list").GROUPS[row["group"]].get(row["name"])
         if row["group"] == "adapters":
             assert row["kinds"] == [*cls.kinds] and row["mergeable"] == cls.mergeable and row["paper"] == cls.paper
-            assert row["needs"] == sorted(cls.needs)
+            assert [n for n in row["needs"] if "[" not in n] == sorted(cls.needs)
+        extra = getattr(cls, "extra", None)
+        assert [n for n in row["needs"] if "[" in n] == ([f"visadapt[{extra}]"] if extra else [])
+        assert extra in (None, *doctor.EXTRAS)
         assert row["summary"]
 
 

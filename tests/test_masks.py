@@ -252,7 +252,7 @@ def test_construction_checks(tmp_path):
     images, masks = pairs(tmp_path, [MASK, MASK])
     with pytest.raises(InputError, match="2 images but 1 masks"):
         SegmentationDataset(images, masks[:1], ABC)
-    with pytest.raises(InputError, match=r"1 of 2 listed masks do not exist: .*none\.png"):
+    with pytest.raises(InputError, match=r"1 of 2 images have no mask: .*none\.png not found; add them"):
         SegmentationDataset(images, [masks[0], tmp_path / "none.png"], ABC)
     with pytest.raises(InputError, match="class 'a' is named twice"):
         SegmentationDataset(images, masks, ["a", "a"])

@@ -10,6 +10,7 @@ from cases import TINY
 from parity.rein import Idle
 from small import compiles, on_vit_b, vit
 
+from visadapt.adapters.lora import LoRA
 from visadapt.adapters.rein import Rein
 from visadapt.adapters.vpt import VPT
 from visadapt.backbones.timm_vit import TimmViT
@@ -270,3 +271,15 @@ def changed(**values):
 def test_other_files_are_refused(state, message):
     with pytest.raises(InputError, match=message):
         rein_keys(state)
+
+
+def test_merging_says_what_cannot_be_folded():
+    adapted = Adapted(TimmViT("test_vit")).eval()
+    adapted.add("look", Rein(length=4, query_dim=None))
+    adapted.add("tune", LoRA(rank=2))
+    with pytest.raises(
+        InputError, match=r"nothing of 'look' \(Rein, kind tokens\) can be folded into weights"
+    ) as caught:
+        adapted.merge("look")
+    assert str(caught.value).endswith("use the adapter file itself, which needs no merging")
+    assert adapted.merge("look", "tune") > 0  # what folds does

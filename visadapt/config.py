@@ -7,6 +7,7 @@ import inspect
 import os
 import pkgutil
 import pprint
+import re
 import traceback
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
@@ -91,6 +92,9 @@ EXTRA = {
 }
 """Entries that the builder takes out before the constructor sees the rest."""
 
+OF_BASE = ", which a base file gives and update() keeps; assign the dict anew, or merge() it with _delete_=True"
+"""About an argument that a type does not take and the config file does not write."""
+
 
 def load(path: str | os.PathLike, overrides: Sequence[str] = ()) -> Config:
     """Read a config, apply overrides, check everything.
@@ -109,7 +113,7 @@ def load(path: str | os.PathLike, overrides: Sequence[str] = ()) -> Config:
     path = Path(path)
     tree = _read(path)
     problems = [p for text in overrides if (p := _override(tree, text)) is not None]
-    problems += _check(tree)
+    problems += _check(tree, _written(path, overrides))
     if problems:
         raise InputError(f"{path}: {'; '.join(problems)}")
     return Config(tree, filename=str(path))
@@ -138,6 +142,9 @@ def _read(path: Path) -> dict[str, Any]:
         holds_text = isinstance(error, UnicodeError | SyntaxError)  # their repr holds much of the file
         message = f"{type(error).__name__}: {error}" if holds_text else repr(error)
         message = "what is imported cannot be called, write dict(type=...)" if called else message
+        if base := re.match(r"(.+\.py) not found! It means", str(error)):  # how mmengine misses a base file
+            base = Path(os.path.normpath(base[1]))
+            message = f"its base file {base} not found{hint(base.name, (p.name for p in base.parent.glob('*.py')))}"
         raise InputError(f"{path} cannot be read as a config{place}: {message}") from error
     if not TOP_KEYS & set(tree):
         raise InputError(f"{path} is no config: it defines neither model nor any other key of a config")
@@ -148,7 +155,17 @@ def _is_read(node: ast.Name) -> bool:
     return isinstance(node.ctx, ast.Load)
 
 
-def _check(tree: dict[str, Any]) -> Iterator[str]:
+def _written(path: Path, overrides: Sequence[str]) -> set[Any]:
+    """Keys that a config file and overrides write out; the others of a config are from its base files."""
+    nodes = [*ast.walk(ast.parse(path.read_bytes()))]
+    words = re.findall(r"\w+", " ".join(overrides))
+    keys = {n.arg for n in nodes if isinstance(n, ast.keyword)} | {
+        n.value for n in nodes if isinstance(n, ast.Constant)
+    }
+    return keys | set(words)
+
+
+def _check(tree: dict[str, Any], written: set[Any]) -> Iterator[str]:
     """Everything that is wrong with a config; short names of our registries become dotted ones on the way."""
     yield from (f"unknown top-level key '{key}'{hint(key, TOP_KEYS)}" for key in tree if key not in TOP_KEYS)
     yield from (
@@ -171,10 +188,10 @@ def _check(tree: dict[str, Any]) -> Iterator[str]:
             yield f"{', '.join(row)} belong together, {' and '.join(missing)} is missing"
     for key, value in tree.items():
         if key in TOP_KEYS:
-            yield from _walk(value, key)
+            yield from _walk(value, key, written)
 
 
-def _walk(value: Any, where: str) -> Iterator[str]:
+def _walk(value: Any, where: str, written: set[Any]) -> Iterator[str]:
     if isinstance(value, dict):
         try:
             target = _target(value, where)
@@ -182,16 +199,17 @@ def _walk(value: Any, where: str) -> Iterator[str]:
             yield f"{where}: {error}"
             target = None
         if target is not None and (accepted := _accepted(target, where)) is not None:
-            names = [n for n in value if n != "type" and n not in accepted]
-            yield from (f"{where}: {target.__name__} has no argument '{n}'{hint(n, accepted)}" for n in names)
+            for name in (n for n in value if n != "type" and n not in accepted):
+                advice = hint(name, accepted) if name in written else OF_BASE
+                yield f"{where}: {target.__name__} has no argument '{name}'{advice}"
         if target is not None:
             given = {n: v for n, v in value.items() if n != "type"}
             yield from (f"{where}: {problem}" for problem in mistyped_arguments(target, given))
         for key, item in value.items():
-            yield from _walk(item, f"{where}.{key}")
+            yield from _walk(item, f"{where}.{key}", written)
     elif isinstance(value, list | tuple):
         for i, item in enumerate(value):
-            yield from _walk(item, f"{where}.{i}")
+            yield from _walk(item, f"{where}.{i}", written)
     elif not isinstance(value, str | int | float | None):
         yield f"{where}: a config holds plain values, not a {type(value).__name__}"
 

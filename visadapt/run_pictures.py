@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from einops import rearrange
 
 from .datasets.base import collate
 from .datasets.masks import collate_masks
@@ -56,8 +58,16 @@ def label_sheet(task: Any, metric: Any, dataset: Any, folder: Path) -> list[Path
         titles = [f"{names[o['scores'].argmax()]} {o['scores'].max():.0%}" for o in outputs]
         truth = [names[o["label"]] for o in outputs]
     titles = [t if right else f"{t}\ntrue: {true}" for t, true, right in zip(titles, truth, correct)]
-    prediction_sheet([dataset.load(s["index"]) for s in samples], titles, correct, sheet)
+    clips = bool(samples) and samples[0]["inputs"].ndim == 4
+    shown = [four_frames(s["inputs"]) if clips else dataset.load(s["index"]) for s in samples]
+    prediction_sheet(shown, titles, correct, sheet)
     return [sheet]
+
+
+def four_frames(clip: torch.Tensor) -> np.ndarray:
+    """(2 H, 2 W, C) of frames (T, C, H, W): the first, two from between and the last, in reading order."""
+    places = torch.linspace(0, len(clip) - 1, 4).round().long()
+    return rearrange(clip[places], "(row col) c h w -> (row h) (col w) c", row=2).numpy()
 
 
 def listed(row: list[int], names: tuple[str, ...]) -> str:

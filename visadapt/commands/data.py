@@ -25,9 +25,10 @@ def run(args: argparse.Namespace) -> int:
     from mmengine.runner import Runner
 
     from .. import config
-    from ..datasets.inspect import inspect, twice
+    from ..datasets.inspect import inspect, misfit, twice
 
     cfg = config.load(args.config, args.overrides)
+    statistics = normalisation(cfg.model.get("backbone"))
     datasets = {}
     for part in ("train", "val", "test"):
         if cfg.get(f"{part}_dataloader") is not None:
@@ -37,6 +38,8 @@ def run(args: argparse.Namespace) -> int:
     findings = {part: inspect(dataset, progress=sys.stderr.isatty()) for part, dataset in datasets.items()}
     doubles = [*twice(findings)]
     told = {part: summary(found, datasets[part]) for part, found in findings.items()}
+    for found in told.values():
+        found["misfit"] = [] if statistics is None else misfit(found["bands"], *statistics)
     if args.json:
         print(json.dumps({**told, "equal_files": doubles}, indent=1))
     else:
@@ -46,6 +49,19 @@ def run(args: argparse.Namespace) -> int:
             print(f"equal files: {path} ({split}) and {path2} ({other})")
     refuse(findings, doubles)
     return 0
+
+
+def normalisation(backbone: dict[str, Any] | None) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """Mean and deviation per band that a backbone normalises by; None where a config cannot set them."""
+    import torch
+
+    from ..registry import BACKBONES
+
+    if backbone is None:
+        return None
+    with torch.device("meta"):  # without values, which take seconds to fill
+        built = BACKBONES.build({**backbone, "weights": None})
+    return (built.mean, built.std) if {"mean", "std"} <= built.arguments().keys() else None
 
 
 def inner(part: str, dataset: Any) -> dict[str, Any]:
@@ -80,7 +96,10 @@ def show(part: str, found: dict[str, Any]) -> None:
             shown = [{k: f"{v:,}" if isinstance(v, int) else v for k, v in row.items()} for row in rows]
             print_table(shown, [*rows[0]])
             print()
-    for problem in ("unreadable", "wrong"):
+    if found["bands"]:
+        listed = (f"{key}=[{', '.join(f'{row[key]:.4g}' for row in found['bands'])}]" for key in ("mean", "std"))
+        print(*listed, sep=", ", end="\n\n")
+    for problem in ("misfit", "unreadable", "wrong"):
         for line in found[problem][:SHOWN]:
             print(f"{problem}: {line}")
 

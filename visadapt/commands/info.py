@@ -9,6 +9,9 @@ from typing import Any
 
 from ._output import print_json
 
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+"""What a batch norm keeps beside its parameters."""
+
 PARTS = {"format", "visadapt", "adapters", "backbone", "heads", "tensors", "sha256"}
 """Keys of a manifest that are shown in a form of their own."""
 
@@ -40,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     print(f"tensors   sha256 {manifest['sha256']}")
     for key, value in manifest.items():
         if key not in PARTS and value not in (None, [], {}):
-            print(f"{key:<10}{short(value)}")
+            print(f"{key:<9} {short(value)}")
     return 0
 
 
@@ -53,7 +56,9 @@ def call(part: dict[str, Any]) -> str:
 
 
 def parameters(tensors: dict[str, dict[str, Any]], prefix: str) -> int:
-    return sum(math.prod(t["shape"]) for name, t in tensors.items() if name.startswith(prefix))
+    """Values of the tensors below a prefix, without the statistics of batch norms."""
+    chosen = [t for name, t in tensors.items() if name.startswith(prefix) and not name.endswith(STATISTICS)]
+    return sum(math.prod(t["shape"]) for t in chosen)
 
 
 def short(value: Any) -> str:

@@ -114,7 +114,11 @@ def read_cases() -> Cases:
 
 
 def row(group: str, entry: registry.Entry, configs: dict[str, set[str]], cases: Cases) -> dict[str, Any]:
-    """What is known of one entry of a registry without importing it."""
+    """What is known of one entry of a registry without importing it.
+
+    It needs capabilities of a backbone, and the extra of the package that its class names in `extra`.
+    """
+    extra = entry.attributes.get("extra")
     return {
         "name": entry.name,
         "group": group,
@@ -122,7 +126,7 @@ def row(group: str, entry: registry.Entry, configs: dict[str, set[str]], cases: 
         "kinds": list(entry.attributes.get("kinds", ())),
         "paper": entry.attributes.get("paper", ""),
         "mergeable": bool(entry.attributes.get("mergeable", False)),
-        "needs": sorted(entry.attributes.get("needs", ())),
+        "needs": [*sorted(entry.attributes.get("needs", ())), *([f"visadapt[{extra}]"] if extra else [])],
         "tested_backbones": cases.backbones(entry) if group == "adapters" else [],
         "configs": [path for path, words in configs.items() if entry.name in words],
     }

@@ -115,6 +115,8 @@ class BigEarthNet(ClassificationDataset):
         InputError: an unknown split or band, no such folder, no list, or a patch without labels.
     """
 
+    extra = "geo"
+
     def __init__(
         self,
         split: str = "train",

@@ -91,6 +91,8 @@ class EuroSATMS(ClassificationDataset):
         InputError: an unknown split or band, no such folder, no list, or one that names what is not there.
     """
 
+    extra = "geo"
+
     def __init__(
         self,
         split: str = "train",

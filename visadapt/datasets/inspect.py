@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -52,9 +52,34 @@ class Bands:
         columns = zip(*(v.tolist() for v in (self.low, self.high, mean, std)))
         named = names or [str(i) for i in range(len(mean))]
         return [
-            {"band": n, **dict(zip(("min", "max", "mean", "std"), (round(v, 3) for v in row)))}
+            {"band": n, **dict(zip(("min", "max", "mean", "std"), (float(f"{v:.6g}") for v in row)))}
             for n, row in zip(named, columns)
         ]
+
+
+FAR, RATIO = 3, 5
+"""Data whose mean is so many standard deviations off, or whose deviation is so many times larger or smaller."""
+
+
+def misfit(rows: Sequence[Mapping[str, Any]], mean: Sequence[float], std: Sequence[float]) -> list[str]:
+    """Where the statistics that a backbone normalises by are far from those of the data: one line, or none.
+
+    Args:
+        rows: of the data, from `Bands.rows`.
+        mean: per band, of the backbone.
+        std: likewise.
+    """
+    if rows and len(rows) != len(mean):
+        return [f"the data have {len(rows)} bands and the backbone takes {len(mean)}; set in_chans={len(rows)}"]
+    for row, m, s in zip(rows, mean, std):
+        if row["min"] == row["max"]:
+            return [f"band {row['band']} is {row['min']:.4g} everywhere, which has no std; leave the band out"]
+        if abs(row["mean"] - m) > FAR * s or not s / RATIO <= row["std"] <= s * RATIO:
+            return [
+                f"band {row['band']} has mean {row['mean']:.4g} and std {row['std']:.4g}, the backbone normalises by "
+                f"{m:.4g} and {s:.4g}; give it the mean and std above"
+            ]
+    return []
 
 
 @dataclass
@@ -122,7 +147,7 @@ def _count(found: Findings, dataset: ImageDataset, index: int, content: Any) -> 
         return pixels
     label = dataset.labels[index]
     found.counts[label if isinstance(label, int) else [n for n, value in enumerate(label) if value]] += 1
-    return Pixels(content, content.shape[:2])
+    return Pixels(content, content.shape[-3:-1])
 
 
 def checksum(path: Path) -> str:

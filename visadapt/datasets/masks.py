@@ -120,7 +120,20 @@ class SegmentationDataset(ImageDataset):
 
     def _check_files(self) -> None:
         super()._check_files()
-        self._refuse_missing(self.masks, "masks")
+        missing = [p for p in self.masks if not Path(p).is_file()]
+        if missing:
+            more = ", …" if len(missing) > 3 else ""
+            raise InputError(
+                f"{type(self).__name__}: {len(missing)} of {len(self.paths)} images have no mask: "
+                f"{', '.join(missing[:3])}{more} not found; {self._about_missing(Path(missing[0]))}"
+            )
+
+    def _about_missing(self, mask: Path) -> str:
+        """What to do about masks that are not there, of which this is the first."""
+        if any(Path(p).is_file() for p in self.masks):
+            return "add them, or leave their images out"
+        there = sorted(p.name for p in mask.parent.iterdir()) if mask.parent.is_dir() else []
+        return f"{mask.parent} holds {', '.join(there[:3]) or 'nothing'}{', …' if len(there) > 3 else ''}"
 
     def _cut(self) -> None:
         """One sample for each window. A mask without a readable header stays whole, and is told when it is read."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,8 @@ class RasterSegDataset(SegmentationDataset):
             for them.
     """
 
+    extra = "geo"  # for tif, which it reads by default
+
     def __init__(
         self,
         image_dir: str | Path,
@@ -80,7 +83,7 @@ class RasterSegDataset(SegmentationDataset):
         for names in (bands or (), file_bands or ()):
             if len(set(names)) != len(names):
                 raise InputError(f"{type(self).__name__}: a band is named twice in {', '.join(names)}")
-        self.file_bands, self.nodata, self.fill = file_bands, nodata, fill
+        self.file_bands, self.nodata, self.fill, self.mask_suffix = file_bands, nodata, fill, mask_suffix
         first, header = _first_header(images)
         bands = bands or self._names(first, header)
         super().__init__(
@@ -101,6 +104,14 @@ class RasterSegDataset(SegmentationDataset):
         )
         self.bands = tuple(bands) if bands else None
         self._places(self.paths.index(first))  # what is wrong with the first file is most often wrong with all
+
+    def _about_missing(self, mask: Path) -> str:
+        stem = mask.name.removesuffix(self.mask_suffix)
+        near = sorted(p.name.removeprefix(stem) for p in mask.parent.glob(f"{glob.escape(stem)}[._-]*"))
+        # a subclass knows how its masks are called
+        if near and type(self) is RasterSegDataset and not any(Path(p).is_file() for p in self.masks):
+            return f"set mask_suffix='{near[0]}'"
+        return super()._about_missing(mask)
 
     def _names(self, path: str, header: Header) -> Sequence[str] | None:
         if self.file_bands is not None and len(self.file_bands) != header.count:

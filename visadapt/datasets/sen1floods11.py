@@ -35,6 +35,7 @@ class Sen1Floods11(RasterSegDataset):
         InputError: no such folder, list or band, or chips without labels.
     """
 
+    extra = "geo"
     CLASSES = ("land", "water")
     PALETTE = ((160, 130, 90), (0, 90, 200))
 

@@ -103,6 +103,8 @@ class FCNHead(MMSegHead):
         all_levels: resize all levels to the finest and concatenate them.
     """
 
+    extra = "seg"
+
     def __init__(
         self,
         num_classes: int,
@@ -137,6 +139,7 @@ class _PlainHead(MMSegHead):
 class UPerHead(_PlainHead):
     """Pyramid pooling on the coarsest level and a feature pyramid over all (UPerNet, Xiao et al. 2018)."""
 
+    extra = "seg"
     source = ("uper_head", "UPerHead")
 
 
@@ -144,6 +147,7 @@ class UPerHead(_PlainHead):
 class SegFormerHead(_PlainHead):
     """One linear layer per level, then one over all of them (SegFormer, Xie et al. 2021)."""
 
+    extra = "seg"
     source = ("segformer_head", "SegformerHead")
 
 
@@ -159,6 +163,8 @@ class ASPPHead(MMSegHead):
         norm: BN, SyncBN or GN.
         dilations: of the branches; the authors' are for a stride of 8.
     """
+
+    extra = "seg"
 
     def __init__(
         self,
@@ -188,6 +194,8 @@ class DPTHead(MMSegHead):
         norm: BN, SyncBN or GN.
         post_channels: width of the four levels after reassembling.
     """
+
+    extra = "seg"
 
     def __init__(
         self,

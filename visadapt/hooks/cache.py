@@ -42,6 +42,8 @@ class CacheFeatures(Hook):
         if task.mix is not None:
             raise InputError("cache_features and mix exclude each other: mixed images have features of their own")
         transform = getattr(dataset, "transform", None)
+        if hasattr(dataset, "num_frames"):
+            raise InputError("cache_features is for images: training clips are drawn anew in every epoch")
         if transform is not None and transform.is_random:
             raise InputError("cache_features needs training transforms without chance; leave out random ones")
 

@@ -33,14 +33,14 @@ class Normalize(BaseDataPreprocessor):
         return data
 
     def normalize(self, images: Tensor) -> Tensor:
-        """(B, C, H, W) of any number type to float32 with mean 0 and deviation 1 per band.
+        """(..., C, H, W) of any number type to float32 with mean 0 and deviation 1 per band.
 
         Raises:
             InputError: another number of bands than there are statistics for.
         """
-        if images.shape[1] != self.mean.shape[1]:
+        if images.shape[-3] != self.mean.shape[1]:
             raise InputError(
-                f"images have {images.shape[1]} bands, the backbone takes {self.mean.shape[1]}; see in_chans"
+                f"images have {images.shape[-3]} bands, the backbone takes {self.mean.shape[1]}; see in_chans"
             )
         return (images.float() - self.mean) / self.std
 

@@ -78,7 +78,7 @@ class ImageClassifier(AdaptedTask):
         """
         if mode == "loss":
             return self.loss(inputs, labels, features, task)
-        logits = self.head(self.encode(inputs, task=task) if features is None else features)
+        logits = self.logits(self.encode(inputs, task=task) if features is None else features)
         if mode == "tensor":
             return logits
         self.adapted.ctx.tasks = None
@@ -87,6 +87,10 @@ class ImageClassifier(AdaptedTask):
         paths = path or [""] * len(scores)
         usable = valid.tolist() if valid is not None else [True] * len(scores)
         return [{name: s, "label": n, "path": p, "valid": v} for s, n, p, v in zip(scores, given, paths, usable)]
+
+    def logits(self, features: Tensor) -> Tensor:
+        """Logits (B, K) of what `encode` gave."""
+        return self.head(features)
 
     def scores(self, logits: Tensor) -> tuple[str, Tensor]:
         """What predictions say of logits (B, K): its name in them, and the values (B, K)."""
@@ -102,6 +106,6 @@ class ImageClassifier(AdaptedTask):
                 raise InputError("mix would blend images of different tasks; leave it out where batches have a 'task'")
             inputs, target = self.mix(inputs, labels, self.head.num_classes)
         views = getattr(self.criterion, "views", 1)
-        logits = self.head(self.encode(inputs, views, task) if features is None else features.repeat(views, 1))
+        logits = self.logits(self.encode(inputs, views, task) if features is None else features.repeat(views, 1))
         loss, regularisers = self.criterion(logits, target), self.adapted.losses()
         return {"loss_task": loss, **regularisers} if regularisers else {"loss": loss}

@@ -24,6 +24,7 @@ import numpy as np
 from ..errors import InputError, hint
 from ..ignored import IGNORED
 from ..registry import TRANSFORMS, unknown_arguments
+from .clips import RandAugment
 from .crops import BalancedCrop
 
 GROUPS = {"OneOf": A.OneOf, "RandomOrder": A.RandomOrder, "Sequential": A.Sequential, "SomeOf": A.SomeOf}
@@ -49,7 +50,10 @@ def _leaf_classes() -> dict[str, type]:
     abstract = {A.BasicTransform, A.DualTransform, A.ImageOnlyTransform, A.Transform3D}
     named = {n: c for n, c in vars(A).items() if inspect.isclass(c) and issubclass(c, A.BasicTransform)}
     leaves = {n: c for n, c in named.items() if not issubclass(c, A.Transform3D) and n not in REFUSED}
-    return {n: c for n, c in leaves.items() if c not in abstract} | {"BalancedCrop": BalancedCrop}
+    return {n: c for n, c in leaves.items() if c not in abstract} | {
+        "BalancedCrop": BalancedCrop,
+        "RandAugment": RandAugment,
+    }
 
 
 LEAVES = _leaf_classes()
@@ -61,8 +65,8 @@ class Albu:
 
     Args:
         transforms: entries such as `dict(type='Resize', height=224, width=224)`; `type` is the name of a class of
-            albumentations 2.0.8, or BalancedCrop. OneOf, SomeOf, Sequential and RandomOrder hold a nested list
-            `transforms`.
+            albumentations 2.0.8, BalancedCrop or RandAugment. OneOf, SomeOf, Sequential and RandomOrder hold a nested
+            list `transforms`.
         channels: bands of the images; every pixel transform is tried on such an image when the pipeline is built.
 
     Raises:
@@ -129,6 +133,8 @@ class Albu:
         return out["image"] if mask is None else (out["image"], out["mask"] - np.uint8(1))
 
     def _check_mask(self, image: np.ndarray, mask: np.ndarray) -> None:
+        if "RandAugment" in self.names:
+            raise InputError("transform RandAugment would move images and leave their masks; leave it out")
         if mask.shape != image.shape[:2] or mask.dtype != np.uint8:
             raise InputError(
                 f"a mask is uint8 and of its image's size: this one is {mask.dtype} {mask.shape}, the image is "

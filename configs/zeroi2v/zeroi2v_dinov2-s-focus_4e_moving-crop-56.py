@@ -1,0 +1,36 @@
+"""ZeroI2V in all blocks of a DINOv2 ViT-S/14 (saliency-tuned), for the motion of a window.
+
+Synthetic motion over real frames: a window moves over a picture to the left, to the right, grows, shrinks or stays.
+139 training pictures, 48 test pictures of other videos, five clips of 4 frames each. 3,563,520 trainable
+parameters and the head's 1,925.
+"""
+
+from mmengine.config import read_base
+from mmengine.optim import CosineAnnealingLR
+from torch.optim import AdamW
+
+from visadapt.adapters.zeroi2v import ZeroI2V
+from visadapt.backbones.timm_vit import TimmViT
+from visadapt.heads.linear import LinearHead
+from visadapt.optim.groups import TrainableGroups
+from visadapt.optim.wrapper import AutocastOptimWrapper
+from visadapt.tasks.video import VideoClassifier
+
+with read_base():
+    from .._base_.moving_crop import *
+    from .._base_.runtime import *
+
+model = dict(
+    type=VideoClassifier,
+    backbone=dict(type=TimmViT, name="vit_small_patch14_dinov2", weights="dinov2_vits14_focus"),
+    num_frames=4,
+    adapters=dict(main=dict(type=ZeroI2V, num_frames=4, offsets=[[1, 1], [-1, 1]])),
+    head=dict(type=LinearHead, num_classes=5),
+)
+train_cfg = dict(by_epoch=True, max_epochs=4, val_interval=4)
+optim_wrapper = dict(
+    type=AutocastOptimWrapper,
+    constructor=TrainableGroups,
+    optimizer=dict(type=AdamW, lr=1e-3, weight_decay=0.05),
+)
+param_scheduler = dict(type=CosineAnnealingLR, T_max=4, by_epoch=True, convert_to_iter_based=True)
