@@ -69,7 +69,7 @@ def test_grey_and_alpha_become_rgb_only_for_three_channels(tmp_path):
     cv2.imwrite(str(tmp_path / "rgba.png"), rgba[..., [2, 1, 0, 3]])
     assert np.array_equal(read_image(tmp_path / "rgba.png"), rgba[..., :3])
     assert np.array_equal(read_image(tmp_path / "rgba.png", 4), rgba)
-    with pytest.raises(InputError, match=r"grey\.png has 1 bands, 4 are needed"):
+    with pytest.raises(InputError, match=r"grey\.png has 1 band, 4 are needed"):
         read_image(grey, 4)
 
 

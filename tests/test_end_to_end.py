@@ -476,7 +476,7 @@ def test_scores_that_are_no_numbers_are_errors(run, tmp_path, capsys):
     assert [p.name[-8:] for p in (tmp_path / "out").glob("*.png")] == ["good.png"]
     capsys.readouterr()
     assert main([*words, str(tmp_path / "far.npy")]) == 2
-    assert "none of the 1 images could be read" in error_line(capsys)
+    assert "no prediction for 1 image, " in (said := error_line(capsys)) and "the first: the scores are not" in said
 
 
 @pytest.mark.parametrize(

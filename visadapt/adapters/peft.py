@@ -245,6 +245,7 @@ class PEFT(Adapter):
     targets = ("q", "v")
     roles = WEIGHTS
     paper = "PEFT (Mangrulkar et al., 2022), https://github.com/huggingface/peft; every tuner has its own paper there"
+    extra = "peft"
     stands_for = ("tuner", "visadapt.adapters._common.peft_rules:TUNERS")
     mergeable = True
     identity_at_init = True
