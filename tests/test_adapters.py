@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from visadapt.adapters._common.shifted_attention import ShiftedAttention
 from visadapt.adapters.adaptformer import AdaptFormer
 from visadapt.adapters.bitfit import BitFit
 from visadapt.adapters.conv_branch import ConvBranch
@@ -22,7 +23,7 @@ from visadapt.adapters.linear_probe import LinearProbe
 from visadapt.adapters.lora import LoRA
 from visadapt.adapters.pfeiffer import Pfeiffer
 from visadapt.adapters.ssf import SSF
-from visadapt.adapters.temporal_shift import ShiftedAttention, TemporalShift
+from visadapt.adapters.temporal_shift import TemporalShift
 from visadapt.adapters.vpt import VPT
 from visadapt.backbones.base import Backbone
 from visadapt.core.adapted import Adapted
@@ -380,7 +381,8 @@ def test_temporal_shift_equals_a_loop(offsets, windows):
     ctx = Context()
     ctx.begin(torch.zeros(clips * frames, 3, 1, 1), (2, 3), 0)
     ctx.num_frames = frames
-    found = ShiftedAttention(Site("attn", "attn", 0, 20, 20), offsets).attend(q, k, v, bias, ctx)
+    core = ShiftedAttention(Site("attn", "attn", 0, 20, 20), offsets, 4, "TemporalShift")
+    found = core.attend(q, k, v, bias, ctx)
     found = found.unflatten(0, (-1, windows))
     for w in range(windows):  # windows of one image stand together
         qw, kw, vw = (t.unflatten(0, (-1, windows))[:, w] for t in (q, k, v))

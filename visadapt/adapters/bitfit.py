@@ -42,7 +42,7 @@ class BitFit(Adapter):
     roles = WEIGHTS
     paper = "BitFit (Ben Zaken et al., 2021), arXiv 2106.10199"
     mergeable = True
-    zero_grad = ("k",)
+    zero_grad = ("k", "xk")
 
     def __init__(self, targets: Sequence[str] | None = None, layers: Sequence[int] | None = None) -> None:
         super().__init__(targets, layers)

@@ -23,6 +23,7 @@ class FullFineTune(Adapter):
     targets = ()
     mergeable = True
     trains_base = True
+    zero_grad = (".k.bias",)
     paper = "a practice rather than a method"
 
     def __init__(self, layers: Sequence[int] | None = None) -> None:

@@ -89,7 +89,7 @@ class Hydra(Adapter):
     roles = LINEARS
     paper = "Hydra: Multi-head Low-rank Adaptation for Parameter Efficient Fine-tuning, arXiv 2309.06922"
     mergeable = True
-    zero_grad = ("k",)
+    zero_grad = ("k", "xk")
 
     def __init__(
         self,

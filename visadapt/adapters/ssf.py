@@ -59,7 +59,7 @@ class SSF(Adapter):
     paper = "Scaling & Shifting Your Features (Lian et al., 2022), arXiv 2210.08823"
     mergeable = True
     identity_at_init = False
-    zero_grad = ("k",)
+    zero_grad = ("k", "xk")
 
     def __init__(self, targets: Sequence[str] | None = None, layers: Sequence[int] | None = None) -> None:
         super().__init__(targets, layers)

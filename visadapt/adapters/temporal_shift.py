@@ -30,7 +30,7 @@ class TemporalShift(Adapter):
     kinds = ("attention",)
     targets = ("attn",)
     roles = ("attn",)
-    needs = frozenset({"attention"})
+    needs = frozenset({"attention", "tokens"})
     paper = "the STDHA of ZeroI2V (Li et al., 2023), arXiv 2310.01324"
     identity_at_init = False
 

@@ -155,7 +155,7 @@ class ZeroI2V(Adapter):
     kinds = ("attention", "tokens", "weight")
     targets = ("attn", "qkv", "proj", "fc1", "fc2", "stem")
     roles = ("attn", "stem", *PLACES)
-    needs = frozenset({"attention"})
+    needs = frozenset({"attention", "tokens"})
     paper = "ZeroI2V: Zero-Cost Adaptation of Pre-trained Transformers from Image to Video, arXiv 2310.01324"
     identity_at_init = False
 

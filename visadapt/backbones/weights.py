@@ -188,7 +188,9 @@ def _fit_patch(state: State, wanted: State, key: str) -> tuple[int, int] | None:
 
 def _fit_positions(state: State, model: nn.Module, antialias: bool) -> tuple[tuple[int, int], tuple[int, int]] | None:
     """Resample the position embedding to the model's grid; gives the grids if it was."""
-    pos = state.get("pos_embed")
+    within = first_conv(model).rpartition("patch_embed.")[0]  # "" where the model is the transformer itself
+    key, model = f"{within}pos_embed", model.get_submodule(within.rstrip("."))
+    pos = state.get(key)
     if pos is None or pos.ndim != 3:
         return None
     grid = tuple(model.patch_embed.grid_size)
@@ -208,7 +210,7 @@ def _fit_positions(state: State, model: nn.Module, antialias: bool) -> tuple[tup
             f"its {count} positions are neither a square nor the model's {grid[0]}x{grid[1]}; build the model with the"
             " img_size of the file"
         )
-    state["pos_embed"] = resample_abs_pos_embed(
+    state[key] = resample_abs_pos_embed(
         pos, new_size=list(grid), old_size=[side, side], num_prefix_tokens=prefix, antialias=antialias
     )
     return (side, side), grid

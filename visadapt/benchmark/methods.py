@@ -81,6 +81,7 @@ def adapted_with(setup: Setup, cfg: dict[str, Any]) -> Adapted:
     adapted = Adapted(setup.backbone())
     adapter = adapted.add("main", ADAPTERS.build(cfg))
     adapted.set_trainable("main")
+    adapted.ctx.num_frames = getattr(adapter, "num_frames", 1)  # of methods for clips, whose frames the images then are
     if adapter.calibration is not None:
         adapted.calibrate("main", [partial(loss, adapted, setup.images(1))])
     disturb(adapted.adapters)

@@ -9,11 +9,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import InputError
-from . import clip, convnext, dinov2, dinov2_hf, dscf, timm
+from . import blip, clip, convnext, dinov2, dinov2_hf, dscf, timm
 from .keymap import KeyMap, State, listed
 
 # the plainest last: first match counts
-LAYOUTS: tuple[KeyMap, ...] = (clip.MAP, convnext.MAP, dinov2_hf.MAP, dinov2.MAP, dscf.MAP, timm.MAP)
+LAYOUTS: tuple[KeyMap, ...] = (blip.MAP, clip.MAP, convnext.MAP, dinov2_hf.MAP, dinov2.MAP, dscf.MAP, timm.MAP)
 WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model", "teacher")  # averaged weights first, as timm does
 PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.", "dinov2.", "dinov2_with_registers.")
 

@@ -348,12 +348,21 @@ class Adapted(nn.Module):
 
     # ---- running --------------------------------------------------------------------------------------------------
     def forward(self, x: Tensor, views: int = 1) -> Features:
-        """(B, C, H, W) normalised images to features.
+        """(B, C, H, W) normalised images to features; arguments and errors as those of `begin`.
+
+        The features are those of all images, then, with two views, of all images again: (views * B, ...).
+        """
+        return self.backbone(self.begin(x, views))
+
+    def begin(self, x: Tensor, views: int = 1) -> Tensor:
+        """Start a pass: checks, context and side networks.
 
         Args:
-            x: the images.
-            views: how many times each of them passes, 1 or 2, for adapters that are random in training. The
-                features are those of all images, then of all images again: (views * B, ...).
+            x: (B, C, H, W), normalised.
+            views: how many times each of them passes, 1 or 2, for adapters that are random in training.
+
+        Returns:
+            The images, padded and repeated, for the backbone.
 
         Raises:
             InputError: routing ids or task numbers for another number of images, more than two views, adapters of
@@ -378,7 +387,7 @@ class Adapted(nn.Module):
         for side in (s for a in self.adapters.values() for s in a.sides() if s.on):
             for key, value in side(self.ctx).items():
                 self.ctx.values[f"{side.owner}.{key}"] = value
-        return self.backbone(x)
+        return x
 
     def _check_precision(self, device: str) -> None:
         """Adapters are made in float32; with a base in half precision only autocast brings both together."""

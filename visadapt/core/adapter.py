@@ -91,7 +91,10 @@ class Adapter(nn.Module):
             raise InputError(
                 f"{who}: targets is empty; name roles, or leave it out for {', '.join(type(self).targets)}"
             )
-        sites = select(backbone.sites(), self.targets, self.layers, who)
+        offered = backbone.sites()
+        if "tokens" in self.needs:  # it works on the patches of an image, and words are none
+            offered = [site for site in offered if site.part != "text"]
+        sites = select(offered, self.targets, self.layers, who)
         if wrong := sorted({s.role for s in sites} - set(self.roles)):
             raise InputError(f"{who}: it cannot sit at {', '.join(wrong)}; it takes the roles {', '.join(self.roles)}")
         self.common = self.shared(sites, backbone)
