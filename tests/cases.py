@@ -35,6 +35,13 @@ TINY: dict[str, dict[str, Any]] = {
         "arch": dict(depths=(1, 1, 1, 1), dims=(16, 24, 32, 48), ls_init_value=1.0),
     },
     "dscf": {"type": "DSCF", "channels": 6, "blocks": 2, "upscale": 2},
+    "blip": {
+        "type": "Blip",
+        "vision": "vit_base_patch16_224",
+        "arch": dict(depth=2, embed_dim=48, num_heads=3, img_size=32),
+        "text": dict(layers=2, width=48, heads=3, vocab=50, hidden=64, positions=20),
+        "prompt": (1, 2, 3),
+    },
     "resnet": {
         "type": "TimmConv",
         "name": "test_resnet",
@@ -53,17 +60,19 @@ CAPABILITIES: dict[str, tuple[str, ...]] = {
     "eva02": ("attention", "maps", "tokens"),
     "convnext": ("maps",),
     "dscf": ("maps",),
+    "blip": ("attention", "prompts", "tokens"),
     "resnet": ("maps",),
 }
 """What they offer, for readers that build nothing; a test compares it with the backbones."""
 
 ROLES: dict[str, str] = {
-    "vit": "attn attn_res block fc1 fc2 k mlp mlp_res norm norm1 norm2 patch proj q qkv v",
-    "dinov2": "attn attn_res block fc1 fc2 k mlp mlp_res norm norm1 norm2 patch proj q qkv v",
-    "clip": "attn attn_res block fc1 fc2 k mlp mlp_res norm norm1 norm2 patch proj q qkv v",
-    "eva02": "attn attn_res block fc1 fc2 k mlp mlp_res norm norm1 norm2 patch proj q qkv v",
+    "vit": "attn attn_res block fc1 fc2 k mlp mlp_res norm norm1 norm2 patch proj q qkv stem v",
+    "dinov2": "attn attn_res block fc1 fc2 k mlp mlp_res norm norm1 norm2 patch proj q qkv stem v",
+    "clip": "attn attn_res block fc1 fc2 k mlp mlp_res norm norm1 norm2 patch proj q qkv stem v",
+    "eva02": "attn attn_res block fc1 fc2 k mlp mlp_res norm norm1 norm2 patch proj q qkv stem v",
     "convnext": "block conv down fc1 fc2 mlp norm norm1 patch stage stem",
     "dscf": "block conv patch",
+    "blip": "attn attn_res block fc1 fc2 k mlp mlp_res norm norm1 norm2 patch proj q qkv stem v xattn xk xproj xq xv",
     "resnet": "block conv down norm norm1 patch stage",
 }
 """Roles of their sites, likewise."""
@@ -139,6 +148,9 @@ CASES = [
     Case("MoSA", dict(width=4), kit="mosa"),
     Case("MoSA", dict(width=4, experts=3, style="houlsby", share=None, merge="joint", targets=("attn_res", "mlp_res"))),
     Case("PaCA", dict(rank=2, targets=("q", "fc2", "patch")), kit="paca"),
+    Case("PAdapter", dict(reduction=4), kit="padapter_self"),
+    Case("PAdapter", dict(p=1.25, mu0=10.0, reduction=2, mask_self_loops=True)),
+    Case("PAdapter", dict(reduction=2, sample_len=3, targets=("text.*attn", "text.*.mlp"))),
     Case("PEFT", dict(tuner="AdaLoRA", options=dict(init_r=3, target_r=1), targets=("q", "patch")), extra="peft"),
     Case("PEFT", dict(tuner="HRA", options=dict(r=2)), extra="peft"),
     Case("PEFT", dict(tuner="LoHa", options=dict(r=2), targets=("layer*.conv*", "down")), extra="peft"),
@@ -172,4 +184,6 @@ CASES = [
     Case("WaRA", dict(rank=2, targets=("q", "fc2"))),
     Case("WaRA", dict(rank=2, version="v2", wavelet="db2", targets=("attn", "mlp"))),
     Case("WaRA", dict(rank=4, version="tiny", targets=("v", "proj"))),
+    Case("ZeroI2V", dict(num_frames=3, offsets=[[1, 1], [-2, 1]]), kit="zeroi2v_vit", frames=3),
+    Case("ZeroI2V", dict(num_frames=3, ratio=None), frames=2),
 ]

@@ -205,6 +205,18 @@ def step_ratios(setup: Setup, name: str) -> dict[str, float]:
     return found | {f"step_over_{how}": ratio(times, "ours", how) for how in ("peft", "textbook") if how in times}
 
 
+@torch.inference_mode()
+def merged_ratio(setup: Setup, name: str) -> dict[str, float]:
+    """Inference of a method that folds in part, merged, over that of the bare backbone; nothing for all others."""
+    adapted = adapted_with(setup, config(name)).eval()
+    if {p.folds for p in adapted.pieces()} != {True, False}:
+        return {}
+    adapted.merge()
+    images, base = setup.images(setup.batch), Adapted(setup.backbone()).eval()
+    times = interleaved({"base": partial(base, images), "merged": partial(adapted, images)}, setup.rounds, setup.device)
+    return {"merged_over_base": ratio(times, "merged", "base")}
+
+
 def alone(function: Callable, *arguments: Any) -> Any:
     """What the function gives in a process of its own, whose memory nothing else has touched."""
     context = multiprocessing.get_context("forkserver")
@@ -215,7 +227,7 @@ def alone(function: Callable, *arguments: Any) -> Any:
 
 def measure_method(setup: Setup, name: str, floor: int | None) -> dict[str, Any]:
     """One row: ratios of step time and peak memory, below 1 where we need less."""
-    row = alone(step_ratios, setup, name)
+    row = alone(step_ratios, setup, name) | alone(merged_ratio, setup, name)
     if floor is None:
         return row
     peak = alone(peak_bytes, setup, name, "ours")
