@@ -13,8 +13,8 @@ from visadapt.datasets.clips import collate_clips
 from visadapt.datasets.moving_crop import MovingCrop
 from visadapt.errors import InputError
 from visadapt.registry import TASKS
-from visadapt.run_pictures import four_frames
 from visadapt.testing import assert_close, difference, noise
+from visadapt.visualization.picture import four_frames
 
 SHIFT = dict(clip=dict(type="ZeroI2V", num_frames=4, offsets=[[1, 1], [-1, 1]]))
 
@@ -150,7 +150,7 @@ def test_shuffled_frames_are_the_same_in_another_order(pictures):
 
 
 def test_pictures_of_clips_show_four_frames():
-    clip = torch.arange(7).view(7, 1, 1, 1).expand(7, 3, 2, 2)
+    clip = np.broadcast_to(np.arange(7)[:, None, None, None], (7, 3, 2, 2))
     shown = four_frames(clip)
     assert shown.shape == (4, 4, 3)
     assert shown[::2, ::2, 0].tolist() == [[0, 2], [4, 6]]

@@ -5,15 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from einops import rearrange
 
 from .datasets.base import collate
 from .datasets.masks import collate_masks
 from .tasks.segment import Segmenter
 from .visualization.masks import comparison, default_palette, legend
 from .visualization.page import figure, table, write_page
+from .visualization.picture import four_frames
 from .visualization.sheet import prediction_sheet
 
 SHOWN = 40
@@ -59,15 +58,9 @@ def label_sheet(task: Any, metric: Any, dataset: Any, folder: Path) -> list[Path
         truth = [names[o["label"]] for o in outputs]
     titles = [t if right else f"{t}\ntrue: {true}" for t, true, right in zip(titles, truth, correct)]
     clips = bool(samples) and samples[0]["inputs"].ndim == 4
-    shown = [four_frames(s["inputs"]) if clips else dataset.load(s["index"]) for s in samples]
+    shown = [four_frames(s["inputs"].numpy()) if clips else dataset.load(s["index"]) for s in samples]
     prediction_sheet(shown, titles, correct, sheet)
     return [sheet]
-
-
-def four_frames(clip: torch.Tensor) -> np.ndarray:
-    """(2 H, 2 W, C) of frames (T, C, H, W): the first, two from between and the last, in reading order."""
-    places = torch.linspace(0, len(clip) - 1, 4).round().long()
-    return rearrange(clip[places], "(row col) c h w -> (row h) (col w) c", row=2).numpy()
 
 
 def listed(row: list[int], names: tuple[str, ...]) -> str:

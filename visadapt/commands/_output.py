@@ -39,8 +39,10 @@ def write_json(path: str | None, text: str) -> None:
             temporary.write_text(text + "\n")
 
 
-def write_predictions(out: Path, count: int, answers: Iterable[tuple[Path, dict[str, Any]]]) -> None:
-    """Write `predictions.jsonl` of so many images into a folder, whole or not at all, and say so.
+def write_predictions(
+    out: Path, count: int, answers: Iterable[tuple[Path, dict[str, Any]]], noun: str = "image"
+) -> None:
+    """Write `predictions.jsonl` of so many images, or clips, into a folder, whole or not at all, and say so.
 
     Raises:
         InputError: every answer is an error.
@@ -52,9 +54,9 @@ def write_predictions(out: Path, count: int, answers: Iterable[tuple[Path, dict[
             bad += "error" in answer
             first = first or answer.get("error", "")
     if bad == count:
-        raise InputError(f"no prediction for {counted(bad, 'image')}, {results} says why; the first: {first}")
+        raise InputError(f"no prediction for {counted(bad, noun)}, {results} says why; the first: {first}")
     marked = f"; {bad} unreadable, marked with 'error'" if bad else ""
-    print(f"{counted(count - bad, 'image')}, wrote {results}{marked}")
+    print(f"{counted(count - bad, noun)}, wrote {results}{marked}")
 
 
 def print_json(value: Any) -> None:

@@ -19,7 +19,7 @@ from ._output import is_file_name, write_predictions
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("adapter", help="adapter file of a training run")
-    parser.add_argument("images", nargs="+", help="files, folders or globs")
+    parser.add_argument("images", nargs="+", help="files, folders or globs; of clips also folders of frames")
     out = "folder for predictions.jsonl, masks and pictures; or the mask of one image: a .png, of a scene a .tif"
     parser.add_argument("--out", default="predictions", help=out)
     parser.add_argument("--weights", help="base weights in place of those that the adapter file names")
@@ -85,10 +85,38 @@ def run(args: argparse.Namespace) -> int:
     from ..predict.from_file import manifest_of_task
     from ..registry import TASKS
     from ..tasks.segment import Segmenter
+    from ..tasks.video import VideoClassifier
 
+    task = TASKS.get(manifest_of_task(args.adapter)["task"]["type"])
+    if issubclass(task, VideoClassifier):
+        paths = find_clips(args.images)
+        return predict_clips(args, paths, picture_names(paths))
     paths = find_images(args.images, Path(args.out))
-    segments = issubclass(TASKS.get(manifest_of_task(args.adapter)["task"]["type"]), Segmenter)
-    return (predict_masks if segments else predict_labels)(args, paths, picture_names(paths))
+    predict = predict_masks if issubclass(task, Segmenter) else predict_labels
+    return predict(args, paths, picture_names(paths))
+
+
+def find_clips(patterns: list[str]) -> list[Path]:
+    """Videos and folders of frames that files, folders (with their subfolders) and globs name, in a stable order.
+
+    Raises:
+        InputError: a pattern gives nothing.
+    """
+    from ..datasets.video_files import VIDEO_SUFFIXES, frame_files
+    from ..datasets.video_lists import clips_below
+
+    found: dict[Path, None] = {}
+    for pattern in patterns:
+        places = [Path(pattern)] if Path(pattern).exists() else sorted(map(Path, glob.glob(pattern, recursive=True)))
+        for path in places:
+            whole = not path.is_dir() or frame_files(path)
+            found |= dict.fromkeys([path] if whole else clips_below(path))
+        if not places or not found:
+            raise InputError(
+                f"no clips at '{pattern}'; give a video ({', '.join(VIDEO_SUFFIXES)}), a folder of frames, a folder of "
+                "these, or a glob"
+            )
+    return [*found]
 
 
 def predict_labels(args: argparse.Namespace, paths: list[Path], names: dict[Path, str]) -> int:
@@ -99,18 +127,43 @@ def predict_labels(args: argparse.Namespace, paths: list[Path], names: dict[Path
     """
     from ..predict.image import Predictor
 
-    out = Path(args.out)
-    if is_file_name(out):
-        raise InputError(f"--out {out} names a file; labels and pictures go to a folder, give its name")
-    if given := given_for_tiles(args):
-        raise InputError(f"{args.adapter} labels whole images; leave out {', '.join(given)}, made for class maps")
+    _check_folder(args)
     predictor = Predictor(args.adapter, weights=args.weights, device=args.device, task=args.task)
-    write_predictions(out, len(paths), _labelled(args, predictor, paths, names))
+    answers = predictor.predict_files(paths, args.batch_size or 32, args.strict)
+    write_predictions(Path(args.out), len(paths), _labelled(args, answers, paths, names))
     return 0
 
 
+def predict_clips(args: argparse.Namespace, paths: list[Path], names: dict[Path, str]) -> int:
+    """Labels of clips, and with them pictures of four frames under their names.
+
+    Raises:
+        InputError: as `predict_labels`; a batch size, as clips come one at a time.
+    """
+    from ..predict.clip import ClipPredictor
+
+    _check_folder(args)
+    if args.batch_size:
+        raise InputError("clips are predicted one at a time, all frames and views at once; leave out --batch-size")
+    predictor = ClipPredictor(args.adapter, weights=args.weights, device=args.device, task=args.task)
+    answers = predictor.predict_files(paths, args.strict)
+    write_predictions(Path(args.out), len(paths), _labelled(args, answers, paths, names), "clip")
+    return 0
+
+
+def _check_folder(args: argparse.Namespace) -> None:
+    """Refuse what makes no sense for labels."""
+    if is_file_name(Path(args.out)):
+        raise InputError(f"--out {args.out} names a file; labels and pictures go to a folder, give its name")
+    if given := given_for_tiles(args):
+        raise InputError(f"{args.adapter} labels whole images; leave out {', '.join(given)}, made for class maps")
+
+
 def _labelled(
-    args: argparse.Namespace, predictor: Any, paths: list[Path], names: dict[Path, str]
+    args: argparse.Namespace,
+    answers: Iterator[tuple[Path, Any, dict[str, Any]]],
+    paths: list[Path],
+    names: dict[Path, str],
 ) -> Iterator[tuple[Path, dict[str, Any]]]:
     """Results as JSON values, the pictures being written on the way."""
     from tqdm import tqdm
@@ -119,7 +172,6 @@ def _labelled(
     from ..visualization.picture import save_picture
 
     of_task = {} if args.task is None else {"task": args.task}
-    answers = predictor.predict_files(paths, args.batch_size or 32, args.strict)
     for path, image, answer in tqdm(answers, total=len(paths), unit="image", disable=not sys.stderr.isatty()):
         if "error" not in answer and not args.no_pictures:
             picture = label_overlay(image, [f"{answer['label']} {answer['score']:.0%}"])

@@ -20,12 +20,15 @@ NEEDED = {
 OF_TASKS = {"task": {"type": str}, "classes": [str], "channels": int, "transforms": [dict]}
 """Keys that files of training runs have as well."""
 
+OPTIONAL = {"views_of_clips": dict}
+"""Keys that some of them have."""
+
 
 def manifest_problem(manifest: Any) -> str:
     """What is wrong with a manifest, or ""."""
     if not isinstance(manifest, dict):
         return "it is no JSON object"
-    shape = NEEDED | {key: OF_TASKS[key] for key in OF_TASKS if key in manifest}
+    shape = NEEDED | {key: kind for key, kind in (OF_TASKS | OPTIONAL).items() if key in manifest}
     return next(_misfits(manifest, shape, ""), "") or next(_foreign_types(manifest), "")
 
 

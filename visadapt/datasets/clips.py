@@ -55,6 +55,7 @@ class ClipDataset(ClassificationDataset):
 
     Attributes:
         views: how often a model sees each sample, clips * crops.
+        views_of_clips: arguments by which a clip is seen as in this evaluation, for adapter files; None in training.
 
     Raises:
         InputError: as ClassificationDataset; arguments that are out of range or have no use here.
@@ -89,6 +90,8 @@ class ClipDataset(ClassificationDataset):
         _check_views(name, clips, size, crops, training)
         choose(decoder)
         entries = [*(transform or [])]
+        kept = dict(num_frames=num_frames, sampling=sampling, stride=stride, clips=clips, size=size, crops=crops)
+        self.views_of_clips = None if training else {"transform": entries[:], **kept, "short": short}
         self._resize = None  # of three crops, which are cut from what it leaves
         if size is not None:
             entries.append(dict(type="SmallestMaxSize", max_size=size))

@@ -31,7 +31,7 @@ def of_files(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def dataset_card(dataset: Any, training: bool = False) -> dict[str, Any]:
-    """Class names, bands, colours and transforms of a data set, for adapter files.
+    """Class names, bands, colours, transforms and how clips are seen of a data set, for adapter files.
 
     The stored transforms are those that images go through before a prediction. An evaluation set has them. Those of a
     training set augment, so of them only `unchanging` ones are stored.
@@ -43,7 +43,9 @@ def dataset_card(dataset: Any, training: bool = False) -> dict[str, Any]:
     if isinstance(dataset, SourceTarget):
         dataset = dataset.source
     transform = getattr(dataset, "transform", None)
+    views = getattr(dataset, "views_of_clips", None)
     return {
+        **({} if views is None else {"views_of_clips": views}),
         **of_files({key: getattr(dataset, key, None) for key in OF_FILES}),
         "classes": list(getattr(dataset, "classes", ())),
         "transforms": [] if transform is None else unchanging(dataset) if training else transform.to_json(),

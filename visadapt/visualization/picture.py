@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import cv2
 import numpy as np
+from einops import rearrange
 from PIL import Image, ImageFont
 
 from ..errors import InputError
@@ -82,3 +83,9 @@ def save_figure(path: str | Path, figure: Figure) -> None:
     """Write a matplotlib figure as PNG."""
     with atomic(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110, facecolor="white")
+
+
+def four_frames(clip: np.ndarray) -> np.ndarray:
+    """(2 H, 2 W, C) of frames (T, C, H, W): the first, two from between and the last, in reading order."""
+    places = np.linspace(0, len(clip) - 1, 4).round().astype(int)
+    return rearrange(clip[places], "(row col) c h w -> (row h) (col w) c", row=2)
