@@ -6,7 +6,7 @@ parameters train.
 """
 
 from mmengine.config import read_base
-from mmengine.optim import CosineAnnealingLR
+from mmengine.optim import CosineAnnealingLR, LinearLR
 from torch.optim import AdamW
 
 from visadapt.backbones.timm_vit import TimmViT
@@ -24,11 +24,16 @@ model = dict(
     backbone=dict(type=TimmViT, name="vit_small_patch14_dinov2", weights="dinov2_vits14_focus"),
     num_frames=4,
     head=dict(type=LinearHead, num_classes=5),
+    pool="avg",
 )
-train_cfg = dict(by_epoch=True, max_epochs=4, val_interval=4)
+train_cfg = dict(by_epoch=True, max_epochs=9, val_interval=9)
 optim_wrapper = dict(
     type=AutocastOptimWrapper,
     constructor=TrainableGroups,
-    optimizer=dict(type=AdamW, lr=1e-3, weight_decay=0.05),
+    optimizer=dict(type=AdamW, lr=5e-4, weight_decay=0.05),
+    clip_grad=dict(max_norm=1.0),
 )
-param_scheduler = dict(type=CosineAnnealingLR, T_max=4, by_epoch=True, convert_to_iter_based=True)
+param_scheduler = [
+    dict(type=LinearLR, start_factor=0.1, begin=0, end=1, by_epoch=True, convert_to_iter_based=True),
+    dict(type=CosineAnnealingLR, T_max=8, begin=1, end=9, by_epoch=True, convert_to_iter_based=True),
+]
