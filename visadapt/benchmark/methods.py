@@ -21,6 +21,7 @@ from ..core.sites import LINEARS
 from ..environment import version
 from ..errors import InputError
 from ..registry import ADAPTERS
+from .attention import attention_ratio
 from .flops import flops
 from .setup import Setup
 from .timing import interleaved, ratio
@@ -205,16 +206,20 @@ def step_ratios(setup: Setup, name: str) -> dict[str, float]:
     return found | {f"step_over_{how}": ratio(times, "ours", how) for how in ("peft", "textbook") if how in times}
 
 
-@torch.inference_mode()
-def merged_ratio(setup: Setup, name: str) -> dict[str, float]:
-    """Inference of a method that folds in part, merged, over that of the bare backbone; nothing for all others."""
+def own_ratios(setup: Setup, name: str) -> dict[str, float]:
+    """What only some methods have: attention with another core over the one that it rewrites, and, of those that fold
+    in part, merged inference over that of the bare backbone.
+    """
+    found = attention_ratio(setup, adapted_with(setup, config(name)))
     adapted = adapted_with(setup, config(name)).eval()
     if {p.folds for p in adapted.pieces()} != {True, False}:
-        return {}
+        return found
     adapted.merge()
     images, base = setup.images(setup.batch), Adapted(setup.backbone()).eval()
-    times = interleaved({"base": partial(base, images), "merged": partial(adapted, images)}, setup.rounds, setup.device)
-    return {"merged_over_base": ratio(times, "merged", "base")}
+    with torch.inference_mode():
+        candidates = {"base": partial(base, images), "merged": partial(adapted, images)}
+        times = interleaved(candidates, setup.rounds, setup.device)
+    return found | {"merged_over_base": ratio(times, "merged", "base")}
 
 
 def alone(function: Callable, *arguments: Any) -> Any:
@@ -227,7 +232,7 @@ def alone(function: Callable, *arguments: Any) -> Any:
 
 def measure_method(setup: Setup, name: str, floor: int | None) -> dict[str, Any]:
     """One row: ratios of step time and peak memory, below 1 where we need less."""
-    row = alone(step_ratios, setup, name) | alone(merged_ratio, setup, name)
+    row = alone(step_ratios, setup, name) | alone(own_ratios, setup, name)
     if floor is None:
         return row
     peak = alone(peak_bytes, setup, name, "ours")

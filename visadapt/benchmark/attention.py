@@ -1,0 +1,58 @@
+"""Time of one attention with another core, against the softmax that it rewrites written out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..core.adapted import Adapted
+from ..core.context import Context
+from ..core.inject import attach
+from ..core.kinds import AttnCore
+from .setup import Setup
+from .timing import interleaved, ratio
+
+
+class Explicit(AttnCore):
+    """softmax(q k^T / sqrt(d) + bias) v with the matrix of the softmax in memory, as papers write it."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, ctx: Context) -> Tensor:
+        scores = (q * q.shape[-1] ** -0.5) @ k.mT
+        return (scores if bias is None else scores + bias).softmax(-1) @ v
+
+
+def attention_ratio(setup: Setup, adapted: Adapted) -> dict[str, float]:
+    """Forward and backward of the first attention that has another core, over the same with `Explicit`.
+
+    Args:
+        setup: what is measured.
+        adapted: backbone with the method, in training mode; nothing is given back for one without attention cores.
+    """
+    core = next((p for p in adapted.pieces() if isinstance(p, AttnCore)), None)
+    if core is None:
+        return {}
+    plain = Adapted(setup.backbone())
+    explicit = Explicit(core.site)
+    explicit.on = True
+    attach(explicit, plain.backbone, plain.ctx)
+    candidates = {"ours": step(setup, adapted, core.site.path), "explicit": step(setup, plain, core.site.path)}
+    times = interleaved(candidates, setup.rounds, setup.device)
+    return {"attention_over_explicit": ratio(times, "ours", "explicit")}
+
+
+def step(setup: Setup, adapted: Adapted, path: str) -> Callable[[], None]:
+    """Forward pass of one attention, and its backward pass to the input and to what trains."""
+    backbone, images = adapted.backbone, setup.images(setup.batch)
+    attention, grid = backbone.body.get_submodule(path), backbone.grid(images)
+    count = backbone.prefix + grid[0] * grid[1]
+    x = torch.randn(len(images), count, backbone.embed_dims[-1], device=setup.device, requires_grad=True)
+
+    def run() -> None:
+        adapted.ctx.begin(images, grid, backbone.prefix)
+        attention(x).square().mean().backward()
+        x.grad = None
+        adapted.zero_grad()
+
+    return run
