@@ -156,3 +156,42 @@ def test_what_makes_no_sense_is_refused_in_one_line(run, capsys, tmp_path, monke
     assert main(["predict", str(run / "run" / "adapter_last.safetensors"), *given]) == 2
     error = capsys.readouterr().err.strip()
     assert said in error and "\n" not in error
+
+
+def test_merged_backbone_and_rest_predict_the_same(run, capsys, tmp_path):
+    last, clip = run / "run" / "adapter_last.safetensors", run / "data/val/left/0.mp4"
+    out, rest = tmp_path / "merged.safetensors", tmp_path / "rest.safetensors"
+    assert main(["merge", str(last), "--out", str(out)]) == 0
+    assert "left out: main (attention), main (tokens); --rest FILE keeps it" in capsys.readouterr().out
+    assert main(["merge", str(last), "--out", str(out), "--rest", str(rest)]) == 0
+    assert "holds what does not fold: main (attention), main (tokens)" in capsys.readouterr().out
+    before, after = (next(iter(ClipPredictor(path).predict_files([clip])))[2] for path in (last, rest))
+    assert before["scores"] == pytest.approx(after["scores"], abs=1e-5)
+    manifest = read_manifest(rest)
+    assert manifest["backbone"]["arguments"]["weights"] == str(out) and manifest["num_frames"] == 4
+    assert manifest["adapters"]["main"]["arguments"]["ratio"] is None
+
+
+def test_rest_of_what_folds_wholly_is_refused(run, capsys, tmp_path):
+    from visadapt.adapters.lora import LoRA
+    from visadapt.core.adapted import Adapted
+
+    adapted = Adapted(TimmViT("vit_small_patch14_dinov2", weights=str(run / "base.safetensors"), arch=ARCH)).eval()
+    adapted.add("a", LoRA(rank=2))
+    adapted.save(tmp_path / "lora.safetensors")
+    given = ["--out", str(tmp_path / "m.safetensors"), "--rest", str(tmp_path / "r.safetensors")]
+    assert main(["merge", str(tmp_path / "lora.safetensors"), *given]) == 2
+    assert "everything folds; leave it out" in capsys.readouterr().err
+    assert not (tmp_path / "m.safetensors").exists()
+
+
+def test_python_takes_the_length_of_clips_from_the_file(run):
+    """A file made with clips of 4 frames also passes its probe where clips have 8."""
+    from visadapt.core.adapted import Adapted
+
+    for set_before, after in ((1, 4), (8, 8)):
+        backbone = TimmViT("vit_small_patch14_dinov2", weights=str(run / "base.safetensors"), arch=ARCH)
+        adapted = Adapted(backbone).eval()
+        adapted.ctx.num_frames = set_before
+        report = adapted.load(run / "run" / "adapter_last.safetensors")
+        assert report.probe_error < 1e-5 and adapted.ctx.num_frames == after

@@ -200,3 +200,6 @@ class ZeroI2V(Adapter):
         place = PLACES[site.role]
         kind = LinearBefore if place.endswith("_in") else LinearAfter
         return kind(site, shared[f"{site.layer:02d}_{place}"])
+
+    def rest(self) -> ZeroI2V:
+        return ZeroI2V(**self.arguments() | {"ratio": None})

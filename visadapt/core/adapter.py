@@ -153,6 +153,12 @@ class Adapter(nn.Module):
     def finalize(self) -> None:
         """After the last step, before the last file is written: pruning, merging of parts."""
 
+    def rest(self) -> Adapter | None:
+        """An adapter that is not built yet and has exactly those pieces which are left once its weights are folded in;
+        None where the method cannot be without them.
+        """
+        return None
+
     def sides(self) -> list[Side]:
         return [m for m in self.common.values() if isinstance(m, Side)]
 

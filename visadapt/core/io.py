@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 
+OWN = ("format", "visadapt", "adapters", "backbone", "heads", "num_frames", "tensors", "sha256")
+"""Keys of the manifest that this module writes; the others say something of the task."""
+
 
 @dataclass(frozen=True)
 class LoadReport:
@@ -130,13 +133,40 @@ def save_adapter(
     """
     if adapted.merger.names:
         raise InputError(f"{adapted.merger.names} are merged; unmerge before saving an adapter file")
-    chosen = names or tuple(adapted.adapters)
-    adapted.known(chosen)
     heads = heads or {}
-    tensors = {k: v for n in chosen for k, v in adapter_tensors(adapted, n).items()}
-    for head_name, head in heads.items():
-        tensors |= {f"heads/{head_name}/{k}": v for k, v in head.state_dict().items()}
-    tensors["probe/output"] = run_probe(adapted, chosen)
+    tensors = {f"heads/{n}/{k}": v for n, head in heads.items() for k, v in head.state_dict().items()}
+    entries = {n: _head_entry(head) for n, head in heads.items()}
+    return _write(adapted, path, names or tuple(adapted.adapters), tensors, entries, extra or {})
+
+
+def save_like(adapted: Adapted, path: str | os.PathLike, source: str | os.PathLike) -> Path:
+    """Write all adapters of `adapted` with the heads of another file and what it says of its task.
+
+    Args:
+        adapted: backbone with the adapters.
+        path: a .safetensors file.
+        source: an adapter file.
+
+    Raises:
+        InputError: the source is damaged, or the disk is full.
+    """
+    told = read_manifest(source)
+    heads = {k: v for k, v in read_tensors(source, told).items() if k.startswith("heads/")}
+    extra = {k: v for k, v in told.items() if k not in OWN}
+    return _write(adapted, path, tuple(adapted.adapters), heads, told["heads"], extra)
+
+
+def _write(
+    adapted: Adapted,
+    path: str | os.PathLike,
+    names: tuple[str, ...],
+    head_tensors: dict[str, Tensor],
+    heads: dict[str, Any],
+    extra: dict[str, Any],
+) -> Path:
+    adapted.known(names)
+    tensors = {k: v for n in names for k, v in adapter_tensors(adapted, n).items()} | head_tensors
+    tensors["probe/output"] = run_probe(adapted, names)
     tensors = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
     manifest = {
         "format": FORMAT,
@@ -147,16 +177,17 @@ def save_adapter(
                 "arguments": adapted.adapters[n].arguments(),
                 "sites": [asdict(p.site) | {"key": k} for k, p in adapted.adapters[n].pieces.items()],
             }
-            for n in chosen
+            for n in names
         },
         "backbone": {
             "type": type(adapted.backbone).__name__,
             "arguments": adapted.backbone.arguments(),
             "fingerprint": fingerprint(adapted),
         },
-        "heads": {n: _head_entry(head) for n, head in heads.items()},
+        "heads": heads,
+        "num_frames": adapted.ctx.num_frames,
         "tensors": _listed(tensors),
-        **(extra or {}),
+        **extra,
     }
     manifest["sha256"] = _checksum(manifest, tensors)
     with atomic(path) as temporary:
@@ -223,6 +254,8 @@ def load_adapter(
     check_probe_output: bool = True,
 ) -> LoadReport:
     """Read an adapter file into `adapted`; adapters that are not attached yet are built and attached.
+
+    Where clips have one frame so far, they get as many as at saving.
 
     Args:
         adapted: the same base as at saving.
@@ -291,7 +324,10 @@ def _fill(
     names = tuple(manifest["adapters"])
     if probe and "probe/output" not in tensors:
         raise InputError(f"{path} holds no probe/output to check the adapter with; write the file again")
-    error = check_probe(adapted, names, tensors["probe/output"], path) if probe else None
+    frames = manifest.get("num_frames", 1)
+    error = check_probe(adapted, names, tensors["probe/output"], path, frames) if probe else None
+    if adapted.ctx.num_frames == 1:
+        adapted.ctx.num_frames = frames
     return LoadReport(sorted(loaded), sorted(adapted.backbone.body.state_dict()), unexpected, error)
 
 

@@ -20,7 +20,7 @@ NEEDED = {
 OF_TASKS = {"task": {"type": str}, "classes": [str], "channels": int, "transforms": [dict]}
 """Keys that files of training runs have as well."""
 
-OPTIONAL = {"views_of_clips": dict}
+OPTIONAL = {"views_of_clips": dict, "num_frames": int}
 """Keys that some of them have."""
 
 

@@ -20,13 +20,17 @@ TOLERANCE = 1e-2
 
 
 @torch.no_grad()
-def run_probe(adapted: Adapted, names: Sequence[str]) -> Tensor:
-    """(D,) pooled vector of a seeded image of task 0, with exactly these adapters; everything stays as it was."""
+def run_probe(adapted: Adapted, names: Sequence[str], num_frames: int | None = None) -> Tensor:
+    """(D,) pooled vector of a seeded image of task 0, with exactly these adapters; everything stays as it was.
+
+    Of clips it is that of the first frame; they have `num_frames`, or as many as `adapted.ctx` says.
+    """
     backbone = adapted.backbone
     reference = next(backbone.parameters())
     side = 2 * backbone.patch
     generator = torch.Generator().manual_seed(0)
-    frames = adapted.ctx.num_frames
+    before = adapted.ctx.num_frames
+    frames = adapted.ctx.num_frames = num_frames or before
     image = torch.randn(frames, backbone.in_chans, side, side + backbone.patch, generator=generator)
     tasks = adapted.ctx.tasks
     adapted.ctx.tasks = torch.zeros(frames, dtype=torch.int64, device=reference.device)
@@ -34,7 +38,7 @@ def run_probe(adapted: Adapted, names: Sequence[str]) -> Tensor:
         with evaluating(adapted), adapted.only(*names), torch.autocast(reference.device.type, enabled=False):
             return adapted(image.to(reference)).native[0].float().cpu()
     finally:
-        adapted.ctx.tasks = tasks
+        adapted.ctx.tasks, adapted.ctx.num_frames = tasks, before
 
 
 @contextmanager
@@ -50,13 +54,15 @@ def evaluating(*modules: nn.Module) -> Iterator[None]:
             part.training = True
 
 
-def check_probe(adapted: Adapted, names: Sequence[str], stored: Tensor, path: str | os.PathLike) -> float:
-    """Largest difference from the stored answer, relative to max(1, |y|).
+def check_probe(
+    adapted: Adapted, names: Sequence[str], stored: Tensor, path: str | os.PathLike, num_frames: int = 1
+) -> float:
+    """Largest difference from the stored answer, which is of clips of so many frames, relative to max(1, |y|).
 
     Raises:
         InputError: it exceeds the tolerance.
     """
-    here = run_probe(adapted, names)
+    here = run_probe(adapted, names, num_frames)
     if here.shape != stored.shape:
         raise InputError(f"{path}: its probe has {stored.numel()} values, this backbone gives {here.numel()}")
     error = ((here - stored).abs() / stored.abs().clamp(min=1)).max().item()
