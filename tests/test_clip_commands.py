@@ -195,3 +195,9 @@ def test_python_takes_the_length_of_clips_from_the_file(run):
         adapted.ctx.num_frames = set_before
         report = adapted.load(run / "run" / "adapter_last.safetensors")
         assert report.probe_error < 1e-5 and adapted.ctx.num_frames == after
+
+
+def test_model_and_data_of_other_clip_lengths_are_refused(run, capsys):
+    assert main(["check", str(run / "config.py"), "val_dataloader.dataset.num_frames=8"]) == 2
+    said = "val_dataloader: the data set gives clips of 8 frames, the model takes 4; set num_frames in one of them"
+    assert said in capsys.readouterr().err

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from cases import TINY
 from parity.p_adapter import Layer
 from small import compiles, vit
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -15,7 +16,7 @@ from visadapt.adapters._common.laplacian import LaplacianSums
 from visadapt.adapters.p_adapter import LaplacianAttention, PAdapter, attention_probs
 from visadapt.core.adapted import Adapted
 from visadapt.errors import InputError
-from visadapt.testing import assert_close, difference, noise, progress
+from visadapt.testing import assert_close, difference, noise, progress, tiny_backbone
 
 E, ROLES = 1e-8, ("attn", "xattn", "mlp")
 
@@ -299,3 +300,14 @@ def test_exports_with_any_number_of_images():
     program = torch.export.export(Tokens(adapted), (random(2, 3, 28, 42, dtype=torch.float32),), dynamic_shapes=batch)
     x = random(5, 3, 28, 42, dtype=torch.float32)
     assert_close(program.module()(x), adapted(x).tokens)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_network_in_half_precision_sums_in_float32(dtype):
+    adapted = Adapted(tiny_backbone(TINY["vit"])).eval()
+    adapted.add("a", PAdapter(reduction=4))
+    x = torch.randn(2, 3, 28, 28)
+    with torch.no_grad():
+        expected = adapted(x).tokens
+        found = adapted.to(dtype)(x.to(dtype)).tokens
+    assert found.dtype == dtype and difference(found.float(), expected) < 0.2

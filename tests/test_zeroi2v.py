@@ -156,6 +156,14 @@ def test_wrong_arguments_are_named(arguments, said):
         adapt(**arguments)
 
 
+def test_a_gate_is_not_left_out_by_accident():
+    model = TimmViT("vit_small_plus_patch16_dinov3", arch=dict(depth=1, embed_dim=48, num_heads=3))
+    with pytest.raises(InputError, match="fc1 and gate read the same tokens"):
+        Adapted(model).add("a", ZeroI2V())
+    adapter = Adapted(model).add("a", ZeroI2V(targets=["attn", "qkv", "proj", "fc1", "gate", "fc2", "stem"]))
+    assert adapter.pieces["trunk_00_gate"].adapter is adapter.pieces["trunk_00_fc1"].adapter
+
+
 def test_offsets_beyond_the_clip_and_broken_clips_are_refused():
     with pytest.raises(InputError, match="offset 2 needs clips of more than 2 frames, got 2"):
         adapt(offsets=[[2, 1]], clip=2)(frames(2))

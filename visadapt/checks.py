@@ -21,7 +21,7 @@ LOOKED_AT = 8
 
 
 def check_data(task: Any, dataset: Any, where: str) -> None:
-    """Refuse a data set with other classes than the heads have, or other bands than the backbone takes.
+    """Refuse a data set with other classes than the heads have, other bands than the backbone takes, or other clips.
 
     A training set may name fewer classes: a list file makes its classes from what occurs in it.
 
@@ -40,6 +40,11 @@ def check_data(task: Any, dataset: Any, where: str) -> None:
         raise InputError(
             f"{where}: images have {channels} bands, the backbone takes {taken}; set in_chans of the backbone, or "
             "choose other bands"
+        )
+    frames, seen = getattr(dataset, "num_frames", None), getattr(task, "num_frames", None)
+    if None not in (frames, seen) and frames != seen:
+        raise InputError(
+            f"{where}: the data set gives clips of {frames} frames, the model takes {seen}; set num_frames in one of them"
         )
 
 

@@ -76,15 +76,17 @@ class LaplacianAttention(AttnCore):
             probs: attention (B, H, q, k); in self-attention the queries are the last q of the k nodes.
         """
         (batch, heads, q, k), dtype = probs.shape, self.up.weight.dtype
+        work = torch.promote_types(dtype, torch.float32)  # powers of small distances leave half precision
         with torch.autocast(h.device.type, enabled=False):
-            f = self.inner(nodes.to(dtype)).unflatten(-1, (heads, -1)).transpose(1, 2).flatten(0, 1)
+            f = self.inner(nodes.to(dtype)).to(work).unflatten(-1, (heads, -1)).transpose(1, 2).flatten(0, 1)
             fq, fv = f.split([q, k], 1) if self.cross else (f[:, -q:], f)
-            sums = LaplacianSums.apply(probs.to(dtype).flatten(0, 1), fq, fv, self.p, not self.cross, self.loops)
-            given, floor = sums[..., :-1], 2 * self.mu0 * (2 + self.m.tanh()) / self.p
+            p, m = self.p.to(work), self.m.to(work)
+            sums = LaplacianSums.apply(probs.to(work).flatten(0, 1), fq, fv, p, not self.cross, self.loops)
+            given, floor = sums[..., :-1], 2 * self.mu0 * (2 + m.tanh()) / p
             if self.beta:
                 given = given + floor * fq
             mixed = (given / (sums[..., -1:] + floor)).unflatten(0, (batch, heads)).transpose(1, 2).flatten(2)
-            return self.up(F.gelu(self.gate(h.to(dtype))) * mixed)
+            return self.up(F.gelu(self.gate(h.to(dtype))) * mixed.to(dtype))
 
 
 class ParallelFFN(Tokens):

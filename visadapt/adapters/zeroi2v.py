@@ -181,6 +181,12 @@ class ZeroI2V(Adapter):
         self.kinds = tuple(kind for kind in type(self).kinds if there[kind])
 
     def shared(self, sites: list[Site], backbone) -> nn.ModuleDict:
+        chosen = {site.role for site in sites}
+        if "fc1" in chosen and "gate" not in chosen and any(site.role == "gate" for site in backbone.sites()):
+            raise InputError(
+                "ZeroI2V: fc1 and gate read the same tokens in this backbone; name both, e.g. targets="
+                f"{[*self.targets, 'gate']}"
+            )
         found: dict[str, Any] = {}
         for site in sites if self.ratio is not None else ():
             place = PLACES.get(site.role)
