@@ -22,6 +22,7 @@ from visadapt.datasets.base import Draw, collate
 from visadapt.datasets.digits import Digits
 from visadapt.datasets.folder import FolderDataset
 from visadapt.datasets.joint import Joint
+from visadapt.datasets.moving_crop import MovingCrop
 from visadapt.datasets.sampler import EpochSampler
 from visadapt.errors import InputError
 from visadapt.predict.image import Predictor
@@ -122,6 +123,14 @@ def test_parts_that_do_not_fit_are_refused(folder, parts, message):
     with pytest.raises(InputError, match=message) as caught:
         DATASETS.build(dict(type="Joint", parts=given))
     assert "\n" not in str(caught.value)
+
+
+def test_parts_see_clips_in_one_way(folder):
+    parts = [dict(type="MovingCrop", folders=[str(folder)], suffix=".png", num_frames=n) for n in (2, 2, 3)]
+    assert Joint(parts[:2]).views_of_clips == MovingCrop([folder], ".png", num_frames=2).views_of_clips
+    assert Joint([part | {"training": True} for part in parts]).views_of_clips is None
+    with pytest.raises(InputError, match=r"part 2 \(MovingCrop\) sees clips in another way than part 0"):
+        Joint(parts)
 
 
 def test_mistakes_inside_parts_are_found_when_a_config_is_read():

@@ -100,6 +100,8 @@ def test_what_does_not_fit_is_refused(published, capsys):
     text = (folder / "config.py").read_text()
     (folder / "config.py").write_text(text.replace("length=5", "length=6"))
     assert convert(folder) == 2 and "other shapes for" in capsys.readouterr().err
+    (folder / "config.py").write_text(text.replace("dict(main=", 'dict(norm=dict(type="LayerNormTuning"), main='))
+    assert convert(folder) == 2 and "one adapter, the config 2" in capsys.readouterr().err
     (folder / "config.py").write_text(
         text.replace('"Rein", length=5, rank=2, query_dim=32', '"LoRA"').replace(
             "linked_queries=True", "linked_queries=False"

@@ -59,6 +59,12 @@ def test_splits_share_their_classes(tmp_path):
     assert found(ClipFolder(tmp_path, "train")) == [("1.mp4", 0), ("2.mp4", 1)]
     val = ClipFolder(tmp_path, "val")
     assert found(val) == [("3.mp4", 1)] and val.classes == ("a", "b")
+    for others in ((), ("other/c/4.mp4",)):
+        with pytest.raises(InputError, match="folders of splits in place of classes; give split='train'"):
+            ClipFolder(touch(tmp_path, *others))
+    with pytest.raises(InputError, match="in place of classes; give split='val'"):
+        ClipFolder(touch(tmp_path / "only", "val/b/3.mp4"))
+    assert ClipFolder(touch(tmp_path / "vehicles", "bus/1.mp4", "train/2.mp4")).classes == ("bus", "train")
 
 
 def test_bad_folders_are_refused(tmp_path):
@@ -100,7 +106,7 @@ def test_lists(tmp_path):
 @pytest.fixture
 def kinetics(tmp_path):
     touch(tmp_path, "val/abseiling/abc_000010_000020.mp4", "val/air_drumming/-x_y_000000_000010.mp4")
-    rows = ["air drumming,-x_y,0,10,val", "abseiling,abc,10,20,val", "abseiling,gone,3,13,val"]
+    rows = ["air drumming,-x_y,0.0,10.0,val", "abseiling,abc,10,20,val", "abseiling,gone,3,13,val"]
     write(tmp_path / "val.csv", "label,youtube_id,time_start,time_end,split\n" + "\n".join(rows))
     return tmp_path
 
@@ -122,6 +128,8 @@ def test_kinetics(kinetics):
     [
         ("youtube_id,time_start,time_end,split\nabc,10,20,test", r"val\.csv: no column 'label'"),
         ("label,youtube_id,time_start,time_end,split\na,abc,ten,20,val", "time_start and time_end are whole seconds"),
+        ("label,youtube_id,time_start,time_end,split\na,abc,1.5,20,val", "are whole seconds: .*'1.5'"),
+        ("label,youtube_id,time_start,time_end,split\na,abc,1,2,val\na,abc,1", "are whole seconds"),
         ("label,youtube_id,time_start,time_end,split\n", "has no rows"),
     ],
 )

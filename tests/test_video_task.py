@@ -57,6 +57,12 @@ def test_views_are_averaged_as_probabilities():
     assert_close(torch.stack([o["scores"] for o in found]), expected)
 
 
+@torch.no_grad()
+def test_attention_over_frames_sees_one_view_at_a_time():
+    task, a, b = classifier(frame_pool="attention", pool_heads=4), clips(), clips(seed=1)
+    assert_close(task(torch.cat([a, b], 1)), torch.stack([task(a), task(b)], 1))
+
+
 def test_what_trains_is_adapter_head_and_pooling():
     task = classifier(frame_pool="attention", pool_heads=4).train()
     task.loss(clips(), torch.tensor([0, 3]))["loss"].backward()
@@ -104,6 +110,12 @@ def test_clips_of_other_lengths_are_refused():
         task(clips()[:, 0])
     with pytest.raises(InputError, match="training clips have 8 frames, the model takes 4"):
         task.loss(clips(frames=8), torch.tensor([0, 1]))
+
+
+def test_a_batch_that_nobody_collated_is_told():
+    data = dict(inputs=[*clips()], labels=[0, 1])
+    with pytest.raises(InputError, match=r"are no tensor; give the loader a collate_fn: .*collate_clips for clips"):
+        classifier().data_preprocessor(data)
 
 
 # ---- motion ----------------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import argparse
 import glob
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -55,29 +55,44 @@ def find_images(patterns: list[str], out: Path) -> list[Path]:
         elif path.is_file():
             matches = [path]
         else:
-            base = Path(*takewhile(lambda part: not glob.has_magic(part), path.parts))
-            matches = sorted(p for p in map(Path, glob.glob(pattern, recursive=True)) if is_image(p))
-            matches = _without_results(matches, base, out)
+            matches = _without_results([p for p in _globbed(pattern) if is_image(p)], _base(path), out)
         if not matches:
             raise InputError(
                 f"no images at '{pattern}'; give a file, a folder or a glob of {', '.join(IMAGE_SUFFIXES)}"
             )
         found |= dict.fromkeys(matches)
-    results = out.resolve(), (out / "masks").resolve()
-    for folder, path in {path.parent: path for path in reversed(found)}.items():
-        if folder.resolve() in results:
-            raise InputError(f"{path} is where --out {out} puts results; write them to another folder")
+    _refuse_among_results(found, out)
     return [*found]
 
 
-def _without_results(paths: list[Path], base: Path, out: Path) -> list[Path]:
-    """Images below a folder without what an earlier call wrote there; says how many were left out."""
+def _globbed(pattern: str) -> list[Path]:
+    return sorted(map(Path, glob.glob(pattern, recursive=True)))
+
+
+def _base(pattern: Path) -> Path:
+    """The folder that all matches of a glob are below."""
+    return Path(*takewhile(lambda part: not glob.has_magic(part), pattern.parts))
+
+
+def _refuse_among_results(paths: Iterable[Path], out: Path) -> None:
+    results = out.resolve(), (out / "masks").resolve()
+    folders: dict[Path, Path] = {}
+    for path in paths:
+        for folder in (path.parent, path) if path.is_dir() else (path.parent,):  # a clip may be a folder
+            folders.setdefault(folder, path)
+    for folder, path in folders.items():
+        if folder.resolve() in results:
+            raise InputError(f"{path} is where --out {out} puts results; write them to another folder")
+
+
+def _without_results(paths: list[Path], base: Path, out: Path, noun: str = "image") -> list[Path]:
+    """Images or clips below a folder without what an earlier call wrote there; says how many were left out."""
     root, home = base.resolve(), out.resolve()
     kept = [p for p in paths if not p.name.endswith(".partial.tif")]
     if root in home.parents:  # results are among the images, not the images among results
         kept = [p for p in kept if not (root / p.relative_to(base)).is_relative_to(home)]
     if left := len(paths) - len(kept):
-        print(f"left out {counted(left, 'image')} in {base} as results of earlier calls", file=sys.stderr)
+        print(f"left out {counted(left, noun)} in {base} as results of earlier calls", file=sys.stderr)
     return kept
 
 
@@ -89,34 +104,50 @@ def run(args: argparse.Namespace) -> int:
 
     task = TASKS.get(manifest_of_task(args.adapter)["task"]["type"])
     if issubclass(task, VideoClassifier):
-        paths = find_clips(args.images)
+        paths = find_clips(args.images, Path(args.out))
         return predict_clips(args, paths, picture_names(paths))
     paths = find_images(args.images, Path(args.out))
     predict = predict_masks if issubclass(task, Segmenter) else predict_labels
     return predict(args, paths, picture_names(paths))
 
 
-def find_clips(patterns: list[str]) -> list[Path]:
+def find_clips(patterns: list[str], out: Path) -> list[Path]:
     """Videos and folders of frames that files, folders (with their subfolders) and globs name, in a stable order.
 
+    Of folders and globs what lies below `out` is left out: this command wrote it.
+
     Raises:
-        InputError: a pattern gives nothing.
+        InputError: a pattern gives nothing, or a clip is where results go, among which it could not be told.
     """
-    from ..datasets.video_files import VIDEO_SUFFIXES, frame_files
-    from ..datasets.video_lists import clips_below
+    from ..datasets.video_files import VIDEO_SUFFIXES
 
     found: dict[Path, None] = {}
     for pattern in patterns:
-        places = [Path(pattern)] if Path(pattern).exists() else sorted(map(Path, glob.glob(pattern, recursive=True)))
-        for path in places:
-            whole = not path.is_dir() or frame_files(path)
-            found |= dict.fromkeys([path] if whole else clips_below(path))
-        if not places or not found:
+        path = Path(pattern)
+        if path.is_file():
+            matches = [path]
+        else:
+            places, base = ([path], path) if path.is_dir() else (_globbed(pattern), _base(path))
+            clips = dict.fromkeys(clip for place in places for clip in _clips_at(place))
+            matches = _without_results([*clips], base, out, "clip")
+        if not matches:
             raise InputError(
                 f"no clips at '{pattern}'; give a video ({', '.join(VIDEO_SUFFIXES)}), a folder of frames, a folder of "
                 "these, or a glob"
             )
+        found |= dict.fromkeys(matches)
+    _refuse_among_results(found, out)
     return [*found]
+
+
+def _clips_at(place: Path) -> list[Path]:
+    """A video or a folder of frames, as it is; or all of them below another folder."""
+    from ..datasets.video_files import VIDEO_SUFFIXES, frame_files
+    from ..datasets.video_lists import clips_below
+
+    if not place.is_dir():
+        return [place] if place.suffix.lower() in VIDEO_SUFFIXES else []
+    return [place] if frame_files(place) else clips_below(place)
 
 
 def predict_labels(args: argparse.Namespace, paths: list[Path], names: dict[Path, str]) -> int:
@@ -147,7 +178,7 @@ def predict_clips(args: argparse.Namespace, paths: list[Path], names: dict[Path,
         raise InputError("clips are predicted one at a time, all frames and views at once; leave out --batch-size")
     predictor = ClipPredictor(args.adapter, weights=args.weights, device=args.device, task=args.task)
     answers = predictor.predict_files(paths, args.strict)
-    write_predictions(Path(args.out), len(paths), _labelled(args, answers, paths, names), "clip")
+    write_predictions(Path(args.out), len(paths), _labelled(args, answers, paths, names, "clip"), "clip")
     return 0
 
 
@@ -164,6 +195,7 @@ def _labelled(
     answers: Iterator[tuple[Path, Any, dict[str, Any]]],
     paths: list[Path],
     names: dict[Path, str],
+    noun: str = "image",
 ) -> Iterator[tuple[Path, dict[str, Any]]]:
     """Results as JSON values, the pictures being written on the way."""
     from tqdm import tqdm
@@ -172,7 +204,7 @@ def _labelled(
     from ..visualization.picture import save_picture
 
     of_task = {} if args.task is None else {"task": args.task}
-    for path, image, answer in tqdm(answers, total=len(paths), unit="image", disable=not sys.stderr.isatty()):
+    for path, image, answer in tqdm(answers, total=len(paths), unit=noun, disable=not sys.stderr.isatty()):
         if "error" not in answer and not args.no_pictures:
             picture = label_overlay(image, [f"{answer['label']} {answer['score']:.0%}"])
             save_picture(Path(args.out) / names[path], picture)

@@ -30,7 +30,8 @@ def apply(state: State, model: nn.Module) -> tuple[State, list[str]]:
         InputError: weights trained with QuickGELU for a model without it, which would run and be wrong.
     """
     prefix, mark = _mark(state)
-    if not OPENAI.isdisjoint(state) and not any(isinstance(m, QuickGELU) for m in model.modules()):
+    openai = not OPENAI.isdisjoint(state) or any(map(is_own, state))  # which ZeroI2V was trained on
+    if openai and not any(isinstance(m, QuickGELU) for m in model.modules()):
         raise InputError("OpenAI's CLIP is trained with QuickGELU and the model has none; use a vit_*_clip_quickgelu_*")
     inside = "visual." if mark == "class_embedding" else "visual.trunk."
     tower = {k if prefix else f"visual.{k}": v for k, v in state.items() if k.startswith(prefix)}

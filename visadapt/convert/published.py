@@ -13,7 +13,7 @@ from .cloud_adapter import cloud_adapter_keys
 from .earth_adapter import earth_adapter_keys
 from .keymap import listed
 from .rein import rein_keys
-from .zeroi2v import zeroi2v_keys
+from .zeroi2v import is_own, zeroi2v_keys
 
 READERS: dict[str, Callable[[Mapping[str, Any], Adapter], dict[str, dict[str, Tensor]]]] = {
     "CloudAdapter": lambda state, adapter: cloud_adapter_keys(state, adapter.layers, adapter.context),
@@ -29,12 +29,21 @@ HEADS = {"decode_head.": "", "cls_head.fc_cls.": "fc."}
 BUFFERS = ("loss_cls.", "loss_decode.")
 """Of losses, which published heads carry along."""
 
+NORMS = "LayerNormTuning"
+"""What trains norms beside a method; a file that holds the image tower has their values there."""
+
+
+def has_tower(state: Mapping[str, Any]) -> bool:
+    """Whether a published file holds an image tower that was trained, or merged into, and is the base to build on."""
+    return any(is_own(name) for name in state.get("state_dict", state))
+
 
 def fill(task: nn.Module, state: Mapping[str, Any]) -> list[str]:
-    """Fill the one adapter and the head of a task from a published file.
+    """Fill the adapter and the head of a task from a published file.
 
     Args:
-        task: a task with one adapter of the published method and size, and the head.
+        task: a task with one adapter of the published method and size, and the head. Beside files that hold the image
+            tower, which must be the task's backbone, it may tune norms; that starts from the file's norms.
         state: a state dict, or a checkpoint that holds one under "state_dict".
 
     Returns:
@@ -44,10 +53,13 @@ def fill(task: nn.Module, state: Mapping[str, Any]) -> list[str]:
         InputError: another method, no such head in the file, or sizes that differ.
     """
     state = state.get("state_dict", state)
-    if len(task.adapted.adapters) != 1:
-        raise InputError(f"a published file has one adapter, the config {len(task.adapted.adapters)}")
-    (adapter,) = task.adapted.adapters.values()
-    name = type(adapter).__name__
+    adapters = {name: type(adapter).__name__ for name, adapter in task.adapted.adapters.items()}
+    norms = [name for name, kind in adapters.items() if kind == NORMS and has_tower(state)]
+    methods = [name for name in adapters if name not in norms]
+    if len(methods) != 1:
+        beside = f" beside {NORMS}" if norms else ""
+        raise InputError(f"a published file has one adapter, the config {len(methods)}{beside}")
+    adapter, name = task.adapted.adapters[methods[0]], adapters[methods[0]]
     if name not in READERS:
         raise InputError(f"no published layout is known for '{name}'{hint(name, READERS)}")
     found = READERS[name](state, adapter)
@@ -56,6 +68,11 @@ def fill(task: nn.Module, state: Mapping[str, Any]) -> list[str]:
         if key not in parts:
             raise InputError(f"the file has an adapter for {key}, the config has none there; mend its layers")
         _fill(parts[key], tensors, key)
+    if unfilled := [key for key, part in parts.items() if key not in found and part.state_dict()]:
+        raise InputError(
+            f"the file has nothing for {listed(unfilled)} of the config's {name}; mend its layers, or for a merged "
+            "file leave out what was merged (ZeroI2V: ratio=None)"
+        )
     head = {
         ours + k.removeprefix(theirs): v
         for k, v in state.items()
@@ -69,6 +86,7 @@ def fill(task: nn.Module, state: Mapping[str, Any]) -> list[str]:
     return [
         f"{name}: {sum(len(t) for t in found.values())} tensors",
         f"{type(task.head).__name__}: {len(head)} tensors",
+        *(f"{NORMS} '{name}': at its start, trained norms are in the image tower" for name in norms),
     ]
 
 

@@ -125,6 +125,10 @@ class ImageDataset(Dataset):
         """All that is read from the files of a sample."""
         return self.load(index)
 
+    def _read(self, index: int, seed: int) -> Any:
+        """What `_sample` takes, for data sets where the draw decides what is read."""
+        return self.read(index)
+
     def _sample(self, index: int, content: Any, seed: int) -> dict[str, Any]:
         """ "inputs" (C, H, W) and what is to be learnt, from what `read` gave; `seed` decides the augmentation."""
         raise NotImplementedError
@@ -133,12 +137,12 @@ class ImageDataset(Dataset):
         """What stands in for an unreadable sample: zeros in the shape of another one, so that a batch still stacks."""
         return {**like, "inputs": torch.zeros_like(like["inputs"])}
 
-    def _load_readable(self, index: int) -> tuple[int, Any]:
+    def _load_readable(self, index: int, seed: int) -> tuple[int, Any]:
         """The first readable sample from `index` on, going round the end."""
         for shift in range(len(self)):
             other = (index + shift) % len(self)
             try:
-                return other, self.read(other)
+                return other, self._read(other, seed)
             except UnreadableImage:
                 if self.strict:
                     raise
@@ -160,8 +164,9 @@ class ImageDataset(Dataset):
         if not -len(self) <= index < len(self):
             raise IndexError(index)
         index %= len(self)
-        found, content = self._load_readable(index)
-        sample = self._sample(found, content, draw_seed(self.seed, epoch, index))
+        seed = draw_seed(self.seed, epoch, index)
+        found, content = self._load_readable(index, seed)
+        sample = self._sample(found, content, seed)
         valid = found == index or self.training
         unreadable = "" if found == index else self.paths[index]
         if not valid:

@@ -18,21 +18,23 @@ from .video_files import choose, open_clip
 
 SAMPLINGS = ("dense", "uniform")
 SHORT = ("repeat", "refuse")
-FLIPPING = ("HorizontalFlip", "D4", "SquareSymmetry", "Transpose")
-"""Transforms that mirror images, without a word to the label."""
+FLIPPING = ("HorizontalFlip", "D4", "SquareSymmetry", "Transpose", "RandomRotate90")
+"""Transforms that exchange left and right, without a word to the label."""
 
 
 class ClipDataset(ClassificationDataset):
     """Video files, or folders of frames, with one label each.
 
     A sample is `num_frames` frames of a clip, in evaluation `clips` times as many. All of them go through the same draw
-    of the transforms. In evaluation `size` adds a resize and a centre crop behind the transforms, or three crops.
+    of the transforms. In evaluation `size` adds a resize and a centre crop behind the transforms, or three crops. Its
+    "inputs" are (V * T, C, H, W) with V = clips * crops views, all frames of the first view first.
 
     Args:
         paths: a video file or a folder of frames per sample, see `visadapt.datasets.video_files.open_clip`.
         labels: class index of each sample.
         classes: class names; their order gives the class index.
-        transform: see ImageDataset; entries that mirror images do not change labels, `flip` does.
+        transform: see ImageDataset; entries that mirror images do not change labels, `flip` does, and `flip_labels`
+            refuses them beside it. It does not know of angles: keep those of Rotate, SafeRotate and Affine small.
         num_frames: T, frames that a model sees at once.
         sampling: "uniform" cuts the clip into T equal segments and takes one frame of each, anywhere in it in training,
             the middle one in evaluation. "dense" takes T frames with `stride`, from anywhere in training, from the
@@ -47,14 +49,14 @@ class ClipDataset(ClassificationDataset):
         short: what to do about clips of fewer frames than are asked for: "repeat" goes on with the last frame, "refuse"
             is an error.
         flip: in training, chance that all frames are mirrored.
-        flip_labels: labels that a mirrored clip changes, to what, in both directions: {86: 87, 87: 86}.
+        flip_labels: labels that a mirrored clip changes, to what, in both directions, as class names or indices:
+            {"left": "right", "right": "left"} or {86: 87, 87: 86}.
         decoder: "av", "cv2" or "auto", see `visadapt.datasets.video_files.open_clip`.
         strict: raise at the first unreadable clip.
         seed: of the draw of frames and the augmentation.
         training: what stands in for an unreadable clip, see ImageDataset; and whether frames are drawn at random.
 
     Attributes:
-        views: how often a model sees each sample, clips * crops.
         views_of_clips: arguments by which a clip is seen as in this evaluation, for adapter files; None in training.
 
     Raises:
@@ -75,17 +77,17 @@ class ClipDataset(ClassificationDataset):
         crops: int = 1,
         short: str = "repeat",
         flip: float = 0.0,
-        flip_labels: Mapping[int, int] | None = None,
+        flip_labels: Mapping[int | str, int | str] | None = None,
         decoder: str = "auto",
         strict: bool = False,
         seed: int = 0,
         training: bool = False,
     ):
         self.num_frames, self.sampling, self.stride, self.short = num_frames, sampling, stride, short
-        self.clips, self.size, self.crops, self.views = clips, size, crops, clips * crops
-        self.flip, self.flip_labels = flip, {int(a): int(b) for a, b in (flip_labels or {}).items()}
-        self.decoder = decoder
+        self.clips, self.size, self.crops, self.flip, self.decoder = clips, size, crops, flip, decoder
         name = type(self).__name__
+        pairs = (flip_labels or {}).items()
+        self.flip_labels = {_label(name, a, classes): _label(name, b, classes) for a, b in pairs}
         _check_frames(name, num_frames, sampling, stride, short)
         _check_views(name, clips, size, crops, training)
         choose(decoder)
@@ -98,7 +100,6 @@ class ClipDataset(ClassificationDataset):
             self._resize = Albu(entries, 3) if crops == 3 else None
             entries.append(dict(type="CenterCrop", height=size, width=size))
         super().__init__(paths, labels, classes, entries, 3, strict, seed, training)
-        self._draw = draw_seed(seed, 0, 0)
 
     def _check(self) -> None:
         name = type(self).__name__
@@ -127,19 +128,16 @@ class ClipDataset(ClassificationDataset):
                 f"{', '.join(missing[:5])}{more}; mend the list or the data folder"
             )
 
-    def __getitem__(self, item: Any) -> dict[str, Any]:
-        """One sample, see ImageDataset; "inputs" is (views * T, C, H, W), all frames of the first view first."""
-        epoch, index = item if isinstance(item, tuple) else (0, int(item))
-        self._draw = draw_seed(self.seed, epoch, index % len(self))  # `read` takes frames by it
-        return super().__getitem__(item)
-
     def read(self, index: int) -> np.ndarray:
-        """The frames that the latest draw asks for, (clips * T, H, W, 3) uint8 RGB.
+        """The frames that a sample is made of in epoch 0, (clips * T, H, W, 3) uint8 RGB.
 
         Raises:
             UnreadableImage: the clip is missing or damaged, or lacks one of these frames.
             InputError: it is too short, with short="refuse".
         """
+        return self._read(index, draw_seed(self.seed, 0, index))
+
+    def _read(self, index: int, seed: int) -> np.ndarray:
         with open_clip(self.paths[index], self.decoder) as clip:
             needed = 1 + (self.num_frames - 1) * self.stride
             if len(clip) < needed and self.short == "refuse":
@@ -147,13 +145,13 @@ class ClipDataset(ClassificationDataset):
                     f"{self.paths[index]} has {counted(len(clip), 'frame')}, {needed} are needed for num_frames="
                     f"{self.num_frames} with stride={self.stride}; leave it out, or set short='repeat'"
                 )
-            taken = self._indices(max(len(clip), needed))
+            taken = self._indices(max(len(clip), needed), seed)
             return clip.frames(taken.clip(max=len(clip) - 1).tolist())
 
-    def _indices(self, length: int) -> np.ndarray:
+    def _indices(self, length: int, seed: int) -> np.ndarray:
         """Indices (clips * T,) of the frames to take from so many."""
         frames, clips = np.arange(self.num_frames), np.arange(self.clips)[:, None]
-        draws = np.random.default_rng([self._draw, 1])
+        draws = np.random.default_rng([seed, 1])
         if self.sampling == "dense":
             starts = length - (self.num_frames - 1) * self.stride
             start = draws.integers(starts) if self.training else starts * (2 * clips + 1) // (2 * self.clips)
@@ -178,6 +176,16 @@ class ClipDataset(ClassificationDataset):
 def to_tensors(frames: np.ndarray) -> Tensor:
     """(N, H, W, C) to (N, C, H, W), in the same type."""
     return torch.from_numpy(np.ascontiguousarray(frames.transpose(0, 3, 1, 2)))
+
+
+def _label(name: str, label: Any, classes: Sequence[str]) -> int:
+    """The index of a class that `flip_labels` gives by its name or its index."""
+    if type(label) is int:
+        return label
+    names = [str(c) for c in classes]
+    if label not in names:
+        raise InputError(f"{name}: flip_labels names the class {label!r}, there is none{hint(label, names)}")
+    return names.index(label)
 
 
 def _check_frames(name: str, num_frames: int, sampling: str, stride: int, short: str) -> None:
@@ -212,7 +220,7 @@ def collate_clips(samples: list[dict[str, Any]]) -> dict[str, Any]:
     """Stack clips with labels into a batch.
 
     Returns:
-        "inputs" (B, views * T, C, H, W), "labels" (B,) int64, and what `visadapt.datasets.base.common` adds.
+        "inputs" (B, V * T, C, H, W), "labels" (B,) int64, and what `visadapt.datasets.base.common` adds.
 
     Raises:
         InputError: clips of different size.

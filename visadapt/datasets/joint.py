@@ -30,15 +30,18 @@ class Joint(Dataset):
     Attributes:
         transform: what all parts have.
         channels: bands, likewise.
+        views_of_clips: how parts made of clips see them, likewise; None for images, and in training.
 
     Raises:
-        InputError: no parts, one that is not made of images with labels, or parts that differ in bands or transform.
+        InputError: no parts, one that is not made of images or clips with one label each, or parts that differ in
+            bands, in transform or in how clips are seen.
     """
 
     def __init__(self, parts: list[dict]) -> None:
         self.parts = [DATASETS.build(part) for part in parts]
         self._check()
         self.transform, self.channels = self.parts[0].transform, self.parts[0].channels
+        self.views_of_clips = _views(self.parts[0])
         uses = Counter(name for part in self.parts for name in part.classes)
         self.classes = tuple(
             f"{number}/{name}" if uses[name] > 1 else name
@@ -63,6 +66,11 @@ class Joint(Dataset):
                 raise InputError(
                     f"{which} has another transform than part 0; give all parts the same one, since an adapter file "
                     "stores one for all images"
+                )
+            if _views(part) != _views(first):
+                raise InputError(
+                    f"{which} sees clips in another way than part 0; give all parts the same num_frames, sampling, "
+                    "stride, clips, size, crops and short, since an adapter file stores one way for all clips"
                 )
 
     def __len__(self) -> int:
@@ -95,6 +103,11 @@ class Joint(Dataset):
             "index": sample["index"] + self._images_before[number],
             "task": number,
         }
+
+
+def _views(part: ClassificationDataset) -> dict[str, Any] | None:
+    """How a data set sees clips; None for images, and in training."""
+    return getattr(part, "views_of_clips", None)
 
 
 def _entries(part: ClassificationDataset) -> list[dict[str, Any]]:

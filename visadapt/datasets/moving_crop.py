@@ -39,6 +39,10 @@ class MovingCrop(ClassificationDataset):
         seed: of the draws.
         training: draws differ from epoch to epoch.
 
+    Attributes:
+        views_of_clips: arguments of ClipDataset by which other clips are seen as these are, for adapter files; None in
+            training, and where frames are shuffled.
+
     Raises:
         InputError: no pictures, too few frames or pixels.
     """
@@ -59,6 +63,8 @@ class MovingCrop(ClassificationDataset):
         if size < 1 or num_frames < 2:
             raise InputError(f"MovingCrop: size must be 1 or more and num_frames 2, got {size} and {num_frames}")
         self.size, self.num_frames, self.shuffled = size, num_frames, shuffled
+        seen = dict(num_frames=num_frames, sampling="uniform", stride=1, clips=1, size=size, crops=1, short="repeat")
+        self.views_of_clips = None if training or shuffled else {"transform": [], **seen}
         found = [path for folder in folders for path in images_below(data_root(folder))]
         pictures = [path for path in found if path.name.endswith(suffix)]
         count = len(self.CLASSES)

@@ -88,7 +88,8 @@ class ClipFolder(ClipDataset):
         transform: see ClipDataset, as is everything that follows.
 
     Raises:
-        InputError: no such folder, no class folders, an empty one, or a list that names what is not there.
+        InputError: no such folder, no class folders or those of splits, an empty one, or a list that names what is not
+            there.
     """
 
     def __init__(
@@ -105,7 +106,7 @@ class ClipFolder(ClipDataset):
         crops: int = 1,
         short: str = "repeat",
         flip: float = 0.0,
-        flip_labels: Mapping[int, int] | None = None,
+        flip_labels: Mapping[int | str, int | str] | None = None,
         decoder: str = "auto",
         strict: bool = False,
         seed: int = 0,
@@ -127,6 +128,9 @@ class ClipFolder(ClipDataset):
         classes = tuple(sorted(c for c in names if not c.startswith(".")))
         if not classes:
             raise InputError(f"{name}: {base} has no class folders; put clips in {base}/<class>/")
+        splits = [s for s in SPLITS if s in names]
+        if split is None and (len(splits) > 1 or len(splits) == len(classes)):
+            raise InputError(f"{name}: {base} has folders of splits in place of classes; give split='{splits[0]}'")
         if list_file is not None:
             lines = read_lines(source := find_list(list_file, base))
             labels = [class_of(line, classes, f"{source}:{n}") for n, line in lines]
@@ -170,7 +174,7 @@ class ClipList(ClipDataset):
         crops: int = 1,
         short: str = "repeat",
         flip: float = 0.0,
-        flip_labels: Mapping[int, int] | None = None,
+        flip_labels: Mapping[int | str, int | str] | None = None,
         decoder: str = "auto",
         strict: bool = False,
         seed: int = 0,
@@ -223,7 +227,7 @@ class PublishedClips(ClipDataset):
         crops: int = 1,
         short: str = "repeat",
         flip: float = 0.0,
-        flip_labels: Mapping[int, int] | None = None,
+        flip_labels: Mapping[int | str, int | str] | None = None,
         decoder: str = "auto",
         strict: bool = False,
         seed: int = 0,
@@ -285,9 +289,10 @@ class Kinetics(PublishedClips):
         labels, classes = resolve_labels([r["label"] for r in rows], places, None)
         folders = [next((f for f in (c, c.replace(" ", "_")) if (videos / f).is_dir()), c) for c in classes]
         try:
-            names = [f"{r['youtube_id']}_{int(r['time_start']):06d}_{int(r['time_end']):06d}.mp4" for r in rows]
-        except (TypeError, ValueError) as error:
+            times = [[int(r[key].removesuffix(".0")) for key in ("time_start", "time_end")] for r in rows]
+        except (AttributeError, ValueError) as error:
             raise InputError(f"{table}: time_start and time_end are whole seconds: {error}") from error
+        names = [f"{r['youtube_id']}_{start:06d}_{end:06d}.mp4" for r, (start, end) in zip(rows, times)]
         return Listed([videos / folders[label] / name for label, name in zip(labels, names)], labels, classes)
 
 

@@ -57,6 +57,7 @@ class ClipPredictor(Predictor):
                 yield path, None, {"error": str(error)}
                 continue
             batch = self.task.data_preprocessor.normalize(clip[None].to(self.device))
-            _, scores = self.task.scores(self.task(batch).float())
+            tasks = None if self.task_number is None else torch.tensor([self.task_number], device=self.device)
+            _, scores = self.task.scores(self.task(batch, task=tasks).float())
             answer = self._answer(scores[0].cpu().numpy(), several=False)
             yield path, four_frames(clip[: one.num_frames].numpy()), answer

@@ -36,8 +36,13 @@ class Normalize(BaseDataPreprocessor):
         """(..., C, H, W) of any number type to float32 with mean 0 and deviation 1 per band.
 
         Raises:
-            InputError: another number of bands than there are statistics for.
+            InputError: no tensor, or another number of bands than there are statistics for.
         """
+        if not isinstance(images, Tensor):
+            raise InputError(
+                "the inputs of a batch are no tensor; give the loader a collate_fn: dict(type=collate) for images, "
+                "collate_clips for clips, collate_masks for images with masks"
+            )
         if images.shape[-3] != self.mean.shape[1]:
             raise InputError(
                 f"images have {images.shape[-3]} bands, the backbone takes {self.mean.shape[1]}; see in_chans"

@@ -75,5 +75,5 @@ class RandAugment(A.ImageOnlyTransform):
     def apply(self, img: np.ndarray, seed: int, **_: Any) -> np.ndarray:
         """(H, W, C) uint8 to the same."""
         with torch.random.fork_rng(devices=[]):  # torchvision takes no generator
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)  # and not those of GPUs, which nothing would put back
             return np.array(self._augment(Image.fromarray(img)))  # a few times as fast as with a tensor
