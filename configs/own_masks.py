@@ -29,6 +29,7 @@ files = dict(
     classes=classes,
     image_suffix=".jpg",  # .tif and .npy may have any number of bands
     mask_suffix=".png",
+    # label_map={0: 0, 255: 1},  # of each number, where masks hold other numbers than indices
     # colors=["#000000", "#ff0000"],  # of each class, where masks hold colours in place of indices
     # bands=["B02", "B03", "B04", "B08"],  # of rasters with named bands: those that the model gets, in its order
 )

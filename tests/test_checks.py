@@ -15,7 +15,7 @@ from mmengine.evaluator import BaseMetric, Evaluator
 from safetensors.torch import save_file
 
 from visadapt.backbones.timm_vit import TimmViT
-from visadapt.checks import check_monitors, check_names, random_base, try_samples
+from visadapt.checks import check_monitors, check_names, doubts, try_samples
 from visadapt.cli import main
 from visadapt.core.io import read_manifest, save_adapter
 from visadapt.errors import InputError
@@ -192,7 +192,7 @@ def test_random_weights_are_told_before_training(data, tmp_path, capsys):
     assert main(["check", config]) == 0 and said not in capsys.readouterr().err
     assert main(["train", config, word, "custom_hooks.0.monitor=x", "--work-dir", str(tmp_path)]) == 2
     assert capsys.readouterr().err.count(said) == 1
-    assert random_base(SimpleNamespace(adapted=SimpleNamespace(backbone=object()))) == ""  # one that takes no weights
+    assert doubts(SimpleNamespace(adapted=SimpleNamespace(backbone=object(), adapters={}))) == []  # it takes no weights
 
 
 def test_another_base_says_what_to_do(data, stored, tmp_path, capsys):

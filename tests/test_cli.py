@@ -8,13 +8,14 @@ import json
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 
 from visadapt import cli
 from visadapt.commands import doctor
-from visadapt.errors import PACKAGE, InputError, refusals
+from visadapt.errors import PACKAGE, InputError, Notice, refusals
 from visadapt.files import atomic
 
 REPOSITORY = Path(__file__).parents[1]
@@ -393,3 +394,19 @@ def test_doctor_and_setup_agree(monkeypatch):
     assert {extra: packages for extra, (packages, _) in doctor.EXTRAS.items()} == {n: named[n] for n in doctor.EXTRAS}
     assert set(named) == {*doctor.EXTRAS, "points", "demo", "all", "dev"}
     assert not {"pytest", "ruff"} & set(named["all"]) and set(named["demo"]) == set(named["weights"])
+
+
+def test_notices_are_one_line_without_a_place(capsys, monkeypatch):
+    def warn(args):
+        warnings.warn("clips are short", Notice, stacklevel=1)
+        warnings.warn("from elsewhere", UserWarning, stacklevel=1)
+        return 0
+
+    monkeypatch.setattr("visadapt.commands.doctor.run", warn)
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        monkeypatch.setattr(warnings, "showwarning", lambda *a: print(warnings.formatwarning(*a[:4]), end=""))
+        assert cli.main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    assert "visadapt: warning: clips are short\n" in out and "UserWarning: from elsewhere" in out

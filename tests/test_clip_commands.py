@@ -137,7 +137,7 @@ def test_unmerged_predictions_are_equal(run):
         next(iter(ClipPredictor(last, merge=merge).predict_files([clip]))) for merge in (True, False)
     )
     assert merged["scores"] == pytest.approx(plain["scores"], abs=1e-5)
-    assert picture.shape == (56, 56, 3)
+    assert picture.ndim == 3 and picture.dtype == np.uint8
 
 
 @pytest.mark.parametrize(
@@ -199,5 +199,54 @@ def test_python_takes_the_length_of_clips_from_the_file(run):
 
 def test_model_and_data_of_other_clip_lengths_are_refused(run, capsys):
     assert main(["check", str(run / "config.py"), "val_dataloader.dataset.num_frames=8"]) == 2
-    said = "val_dataloader: the data set gives clips of 8 frames, the model takes 4; set num_frames in one of them"
+    said = "val_dataloader: the data set gives clips of 8 frames, the model takes 4; give both one num_frames"
     assert said in capsys.readouterr().err
+
+
+def test_a_file_of_another_task_is_refused(run, capsys):
+    text = (run / "config.py").read_text()
+    image = text.replace("type=VideoClassifier", "type=ImageClassifier").replace(
+        "    num_frames=4,\n    adapters", "    adapters"
+    )
+    image = image.replace(
+        "visadapt.tasks.video import VideoClassifier", "visadapt.tasks.classify import ImageClassifier"
+    )
+    (run / "image.py").write_text(image)
+    assert main(["test", str(run / "image.py"), str(run / "run" / "adapter_last.safetensors")]) == 2
+    assert "is of a VideoClassifier" in (error := capsys.readouterr().err) and "builds a ImageClassifier" in error
+
+
+def test_check_warns_of_embeddings_for_other_clips_and_refuses_a_cache(run, capsys):
+    assert main(["check", str(run / "config.py"), "model.adapters.main.num_frames=8"]) == 0
+    assert "adapter 'main' has frame embeddings for 8 frames, resampled to the model's 4" in capsys.readouterr().err
+    (run / "cached.py").write_text((run / "config.py").read_text() + "\ncache_features = True\n")
+    assert main(["check", str(run / "cached.py")]) == 2
+    assert "cache_features needs a wholly frozen backbone" in capsys.readouterr().err
+
+
+def test_a_picture_among_videos_is_no_clip(run, capsys, tmp_path):
+    mixed = tmp_path / "mixed"
+    mixed.mkdir()
+    (mixed / "a.mp4").write_bytes((run / "data/val/left/0.mp4").read_bytes())
+    cv2.imwrite(str(mixed / "thumb.png"), np.zeros((8, 8, 3), np.uint8))
+    last, out = str(run / "run" / "adapter_last.safetensors"), tmp_path / "out"
+    assert main(["predict", last, str(mixed), "--out", str(out)]) == 0
+    rows = [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
+    assert [row["path"] for row in rows] == [str(mixed / "a.mp4")]
+
+
+def test_base_weights_that_have_moved_are_asked_for(run, capsys, tmp_path):
+    moved = tmp_path / "moved.safetensors"
+    (run / "base.safetensors").rename(moved)
+    try:
+        given = [
+            str(run / "run" / "adapter_last.safetensors"),
+            str(run / "data/val/left/0.mp4"),
+            "--out",
+            str(tmp_path),
+        ]
+        assert main(["predict", *given]) == 2
+        assert "which is not here; give the file as --weights" in capsys.readouterr().err
+        assert main(["predict", *given, "--weights", str(moved)]) == 0
+    finally:
+        moved.rename(run / "base.safetensors")

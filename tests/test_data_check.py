@@ -119,6 +119,19 @@ def test_statistics_that_do_not_fit(rows, said):
     assert said in found[0] if said else found == []
 
 
+def test_a_class_that_training_never_sees_is_named(own, capsys):
+    """Masks of 0 and 255, as binary ones often are: 255 is ignored and the object never learnt."""
+    for path in (own / "mine" / "masks" / "train").iterdir():
+        Image.fromarray(255 * np.asarray(Image.open(path))).save(path)
+    (own / "copy.py").write_text(OWN_MASKS.read_text())
+    assert main(["data", "check", str(own / "copy.py")]) == 2
+    error = capsys.readouterr().err
+    assert "train has no pixels of object (255 is ignored: masks of 0 and 255 need label_map={0: 0, 255: 1})" in error
+    text = OWN_MASKS.read_text().replace("training=True,", "training=True, label_map={0: 0, 255: 1},")
+    (own / "copy.py").write_text(text)
+    assert main(["data", "check", str(own / "copy.py")]) == 0
+
+
 def test_small_values_keep_their_digits(own, capsys):
     """Reflectance from 0 to 1 with a deviation that three decimals would round to 0."""
     values = np.random.default_rng(0).normal(0.02, 0.0002, (40, 50, 3)).astype(np.float32)

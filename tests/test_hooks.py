@@ -353,7 +353,7 @@ def test_the_console_says_metrics_and_every_unreadable_image_once(capsys):
     hook.after_train(runner)
     assert capsys.readouterr().out.splitlines() == [
         "epoch 1/2  step 9  loss 0.5000  top1 0.2500",
-        "7 unreadable images were skipped: x.png, y.png, 0.png, 1.png, 2.png and 2 more",
+        "7 unreadable files were skipped: x.png, y.png, 0.png, 1.png, 2.png and 2 more",
     ]
     runner.rank = 1
     hook.after_train(runner)

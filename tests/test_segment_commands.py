@@ -359,7 +359,7 @@ def test_data_check_counts_and_finds_what_is_wrong(run, tmp_path, capsys):
     ]
     assert main(["data", "check", str(run / "config.py"), *moved]) == 2
     said = capsys.readouterr()
-    assert "1 unreadable samples, 1 samples with wrong labels or sizes, 1 images that are in two splits" in said.err
+    assert "1 unreadable samples, 1 samples with wrong labels or sizes, 1 files that are in two splits" in said.err
     assert "equal files" in said.out and "7" in said.out
 
 

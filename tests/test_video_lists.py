@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 
 import cv2
@@ -10,7 +11,8 @@ import numpy as np
 import pytest
 
 from visadapt.datasets.base import Draw
-from visadapt.datasets.video_lists import HMDB51, UCF101, ClipFolder, ClipList, Kinetics, SomethingSomethingV2
+from visadapt.datasets.video_lists import ClipFolder, ClipList
+from visadapt.datasets.video_sets import HMDB51, UCF101, Kinetics, SomethingSomethingV2
 from visadapt.errors import InputError
 from visadapt.registry import DATASETS
 
@@ -98,6 +100,55 @@ def test_lists(tmp_path):
             ClipList(write(tmp_path / "bad.txt", text), tmp_path / "videos", classes=["jump", "run"])
     with pytest.raises(InputError, match=r"1 of 1 listed clips do not exist: .*gone\.mp4"):
         ClipList(write(tmp_path / "bad.txt", "gone.mp4 0"), tmp_path / "videos")
+
+
+def test_lists_of_frame_folders_may_count_the_frames(tmp_path):
+    for name in ("run/a", "run/b", "run/b 7", "walk"):
+        frames(tmp_path / name)
+    data = ClipList(write(tmp_path / "l.txt", "run/a 4 0\nrun/b 7 1\nrun/b 7 4 1\nwalk\t4\t0\n"))
+    assert [str(Path(p).relative_to(tmp_path)) for p in data.paths] == ["run/a", "run/b 7", "run/b 7", "walk"]
+    assert data.labels == [0, 1, 1, 0] and data[0]["inputs"].shape == (8, 3, 8, 10)
+    with pytest.raises(InputError, match=r"1 of 1 listed clips do not exist: .*run/c 4;"):
+        ClipList(write(tmp_path / "bad.txt", "run/c 4 0\n"))
+    write(tmp_path / "train.txt", "a 4 0\n")
+    assert found(Kinetics("train", tmp_path, video_dir="run")) == [("a", 0)]
+
+
+@pytest.mark.parametrize("line", ["path,label", "c.mp4,0", "c.mp4, 0", "a b.mp4,run", "a b.mp4 , run"])
+def test_commas_in_place_of_blanks_are_told(tmp_path, line):
+    touch(tmp_path, "a b.mp4", "c.mp4", "x.mp4,y.mp4")
+    assert found(ClipList(write(tmp_path / "l.txt", "x.mp4,y.mp4 0"))) == [("x.mp4,y.mp4", 0)]
+    with pytest.raises(InputError, match=rf"l\.txt:2: '{line}' has no label; .* with a blank in place of the comma$"):
+        ClipList(write(tmp_path / "l.txt", f"# clips\n{line}\n"))
+
+
+def test_labels_that_do_not_start_at_0_are_warned_of(tmp_path):
+    touch(tmp_path, "a.mp4", "c.mp4")
+    source = write(tmp_path / "l.txt", "a.mp4 1\nc.mp4 2\n")
+    with pytest.warns(UserWarning, match=r"l\.txt: labels start at 1 .* or give classes=\['1', '2', \.\.\.\]$"):
+        assert ClipList(source).labels == [1, 2]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert ClipList(source, classes=["1", "2"]).labels == [0, 1]
+        assert ClipList(source, classes=["up", "left", "right"]).labels == [1, 2]
+
+
+@pytest.mark.parametrize("ending", [" 0", "\t0", ",0", ", run"])
+def test_labels_in_the_list_of_class_folders_are_told(tmp_path, ending):
+    touch(tmp_path, "run/a b.mp4")
+    assert found(ClipFolder(tmp_path, list_file=write(tmp_path / "l.txt", "run/a b.mp4"))) == [("a b.mp4", 0)]
+    with pytest.raises(InputError, match=r"l\.txt:1: .* ends in a label; lines of ClipFolder are .* or take ClipList$"):
+        ClipFolder(tmp_path, list_file=write(tmp_path / "l.txt", f"run/a b.mp4{ending}"))
+
+
+def test_where_a_list_is_looked_for_is_told_with_the_split(tmp_path):
+    touch(tmp_path, "train/a/1.mp4")
+    with pytest.raises(
+        InputError, match=rf"list file 'no\.txt' not found.*give its path, or its path below {tmp_path}/train$"
+    ):
+        ClipFolder(tmp_path, "train", list_file="no.txt")
+    with pytest.raises(InputError, match=r"give its path, or its path below the data set's root$"):
+        ClipList("no.txt")
 
 
 # published sets

@@ -162,7 +162,10 @@ def test_shuffled_frames_are_the_same_in_another_order(pictures):
 
 
 def test_pictures_of_clips_show_four_frames():
-    clip = np.broadcast_to(np.arange(7)[:, None, None, None], (7, 3, 2, 2))
-    shown = four_frames(clip)
-    assert shown.shape == (4, 4, 3)
-    assert shown[::2, ::2, 0].tolist() == [[0, 2], [4, 6]]
+    clip = np.broadcast_to(np.arange(7, dtype=np.uint8)[:, None, None, None], (7, 3, 1, 3))
+    strip, square, sized = four_frames(clip), four_frames(clip, 2), four_frames(clip, 2, side=20)
+    assert strip.shape == (1, 18, 3) and square.shape == (4, 8, 3) and sized.shape == (8, 20, 3)
+    gap = [255, 255]
+    assert strip[0, :, 0].tolist() == [0, 0, 0, *gap, 2, 2, 2, *gap, 4, 4, 4, *gap, 6, 6, 6]
+    assert square[:, ::5, 0].tolist() == [[0, 2], gap, gap, [4, 6]]
+    assert sized[::5, ::11, 0].tolist() == [[0, 2], [4, 6]] and (sized[3:5] == 255).all()

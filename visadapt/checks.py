@@ -44,7 +44,7 @@ def check_data(task: Any, dataset: Any, where: str) -> None:
     frames, seen = getattr(dataset, "num_frames", None), getattr(task, "num_frames", None)
     if None not in (frames, seen) and frames != seen:
         raise InputError(
-            f"{where}: the data set gives clips of {frames} frames, the model takes {seen}; set num_frames in one of them"
+            f"{where}: the data set gives clips of {frames} frames, the model takes {seen}; give both one num_frames"
         )
 
 
@@ -101,14 +101,19 @@ def check_monitors(hooks: Iterable[Hook], evaluator: Evaluator) -> None:
             raise InputError(f"{type(hook).__name__}: no metric '{hook.monitor}'{hint(hook.monitor, names)}")
 
 
-def random_base(task: Any) -> str:
-    """A warning where the weights of the backbone are random, else ""."""
-    if getattr(task.adapted.backbone, "weights", "") is not None:
-        return ""
-    return (
-        "the backbone has random weights, which no other process can make again: the adapter file will not load; "
-        "name weights=... of the backbone"
-    )
+def doubts(task: Any) -> list[str]:
+    """Warnings: random weights of the backbone, adapters that are made for clips of another length."""
+    found = []
+    if getattr(task.adapted.backbone, "weights", "") is None:
+        found.append(
+            "the backbone has random weights, which no other process can make again: the adapter file will not load; "
+            "name weights=... of the backbone"
+        )
+    seen = getattr(task, "num_frames", None)
+    for name, adapter in task.adapted.adapters.items():
+        if None not in (seen, frames := getattr(adapter, "num_frames", None)) and frames != seen:
+            found.append(f"adapter '{name}' has frame embeddings for {frames} frames, resampled to the model's {seen}")
+    return found
 
 
 @torch.no_grad()

@@ -8,17 +8,18 @@ import importlib
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from . import __version__
-from .errors import InputError, hint
+from .errors import InputError, Notice, hint
 from .files import FULL
 
 COMMANDS = {
     "train": "train an adapter and a head from a config",
     "test": "evaluate an adapter file on the test or validation set of a config",
-    "predict": "label images; write JSON lines and overlay pictures",
+    "predict": "label images or clips; write JSON lines and pictures",
     "merge": "fold an adapter into its backbone and write the weights",
     "convert": "convert checkpoints of other projects",
     "bench": "measure speed and memory",
@@ -116,6 +117,16 @@ def _guarded(command, args: argparse.Namespace, argv: Sequence[str]) -> int:
         return BUG
 
 
+_format = warnings.formatwarning
+
+
+def _told(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> str:
+    """A warning as the screen shows it; where it came from is of no use to a user of commands."""
+    if issubclass(category, Notice):
+        return f"visadapt: warning: {message}\n"
+    return _format(message, category, *place, **more)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
@@ -123,6 +134,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         0 done; 1 a bug, with its traceback; 2 wrong input, told in one line; 130 interrupted.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
+    warnings.formatwarning = _told
     front = _front()
     if argv and not argv[0].startswith("-") and argv[0] not in COMMANDS:
         front.error(f"unknown command '{argv[0]}'{hint(argv[0], COMMANDS)}")

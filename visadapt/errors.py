@@ -11,6 +11,10 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent
 
 
+class Notice(UserWarning):
+    """Something that a user may want to change, in one line."""
+
+
 class InputError(ValueError):
     """The user's input is wrong. The message is one line: what, where, how to mend. Commands exit with code 2."""
 

@@ -9,11 +9,12 @@ import torch
 
 from .datasets.base import collate
 from .datasets.masks import collate_masks
+from .errors import counted
 from .tasks.segment import Segmenter
 from .visualization.masks import comparison, default_palette, legend
 from .visualization.page import figure, table, write_page
 from .visualization.picture import four_frames
-from .visualization.sheet import prediction_sheet
+from .visualization.sheet import SIDE, prediction_sheet
 
 SHOWN = 40
 """Samples on the sheet of predictions."""
@@ -58,7 +59,10 @@ def label_sheet(task: Any, metric: Any, dataset: Any, folder: Path) -> list[Path
         truth = [names[o["label"]] for o in outputs]
     titles = [t if right else f"{t}\ntrue: {true}" for t, true, right in zip(titles, truth, correct)]
     clips = bool(samples) and samples[0]["inputs"].ndim == 4
-    shown = [four_frames(s["inputs"].numpy()) if clips else dataset.load(s["index"]) for s in samples]
+    shown = [
+        four_frames(s["inputs"][: task.num_frames].numpy(), 2, SIDE) if clips else dataset.load(s["index"])
+        for s in samples
+    ]
     prediction_sheet(shown, titles, correct, sheet)
     return [sheet]
 
@@ -90,6 +94,5 @@ def mask_page(task: Any, metric: Any, dataset: Any, folder: Path) -> list[Path]:
             for (s, _), o in zip(chosen, outputs)
         ]
         sections[heading] = [key, *(figure(p, caption) for p, (_, caption) in zip(pictures, chosen))]
-    unit = "tiles" if getattr(dataset, "tile", 0) else "images"
-    write_page(page, f"Predictions on {len(dataset)} {unit}", sections)
+    write_page(page, f"Predictions on {counted(len(dataset), getattr(dataset, 'unit', 'image'))}", sections)
     return [page]

@@ -73,7 +73,7 @@ def evaluation_files(task: Any, metric: Any, dataset: Any, folder: Path) -> list
         temporary.write_text(json.dumps(metric.report, indent=1))
     written = [report]
     if "confusion" in metric.report:  # there is none where an image may have several classes
-        unit = "pixels" if isinstance(task, Segmenter) else "images"
+        unit = "pixels" if isinstance(task, Segmenter) else f"{getattr(dataset, 'unit', 'image')}s"
         plot_confusion(metric.report["confusion"], dataset.classes, confusion, unit)
         written.append(confusion)
     return [*written, *write_pictures(task, metric, dataset, folder)]

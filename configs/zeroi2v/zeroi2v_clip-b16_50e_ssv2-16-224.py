@@ -13,7 +13,7 @@ from visadapt.adapters.zeroi2v import ZeroI2V
 from visadapt.backbones.timm_vit import TimmViT
 from visadapt.datasets.clips import collate_clips
 from visadapt.datasets.sampler import EpochSampler
-from visadapt.datasets.video_lists import SomethingSomethingV2
+from visadapt.datasets.video_sets import SomethingSomethingV2
 from visadapt.heads.linear import LinearHead
 from visadapt.losses.classify import CrossEntropy
 from visadapt.metrics.classify import ClassificationMetric

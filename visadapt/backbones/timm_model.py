@@ -176,7 +176,8 @@ class TimmModel(Backbone):
             InputError: another number of bands than the backbone was built for.
         """
         if x.ndim != 4 or x.shape[1] != self.in_chans:
-            raise InputError(f"{self.who} takes (B, {self.in_chans}, H, W) images, got {tuple(x.shape)}; see in_chans")
+            advice = "for clips take VideoClassifier" if x.ndim == 5 else "see in_chans"
+            raise InputError(f"{self.who} takes (B, {self.in_chans}, H, W) images, got {tuple(x.shape)}; {advice}")
         return self.pad(x)
 
 

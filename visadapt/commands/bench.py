@@ -1,5 +1,6 @@
 """`visadapt bench speed`: ratios within one run. `bench train`: store results. `bench report`: the table of them.
-`bench parameters`: counts on a ViT-B. `bench scene`: memory and time of a whole scene.
+`bench parameters`: counts on a ViT-B. `bench scene`: memory and time of a whole scene. `bench clips`: decoding against
+training.
 """
 
 from __future__ import annotations
@@ -13,14 +14,19 @@ from ._output import write_json
 
 OVER = ("floor", "peft", "textbook")
 COLUMNS = {f"{kind} {over}": f"{kind}_over_{over}" for kind in ("step", "peak") for over in OVER}
-COLUMNS["step flops"] = "step_over_flops"
+COLUMNS |= {
+    "step flops": "step_over_flops",
+    "attn explicit": "attention_over_explicit",
+    "merged base": "merged_over_base",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "what",
-        choices=["speed", "train", "report", "parameters", "scene"],
-        help="the benchmark, stored results, their report, the counts that 'visadapt list' shows, or a whole scene",
+        choices=["speed", "train", "report", "parameters", "scene", "clips"],
+        help="the benchmark, stored results, their report, the counts that 'visadapt list' shows, a whole scene, or "
+        "decoding of videos",
     )
     parser.add_argument("config", nargs="?", help="train: the config to run")
     parser.add_argument("overrides", nargs="*", default=[], help="train: a.b.c=value")
@@ -35,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=positive, default=9, help="speed: measured rounds; of single methods a third")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="speed: where to run")
     parser.add_argument("--json", action="store_true", help="speed: print one JSON object")
-    parser.add_argument("--out", help="speed, scene: also write the JSON object to this file")
+    parser.add_argument("--out", help="speed, scene, clips: also write the JSON object to this file")
 
 
 def methods(names: list[str]) -> list[str]:
@@ -60,6 +66,8 @@ def run(args: argparse.Namespace) -> int:
         return speed(args)
     if args.what == "scene":
         return scene(args)
+    if args.what == "clips":
+        return clips(args)
     if args.what == "parameters":
         from ..benchmark.parameters import write_parameters
 
@@ -81,6 +89,18 @@ def scene(args: argparse.Namespace) -> int:
     from ..benchmark.scene import measure_scene
 
     text = json.dumps(measure_scene(args.size or 5000, args.model or "vit", args.tile), indent=1)
+    write_json(args.out, text)
+    print(text)
+    return 0
+
+
+def clips(args: argparse.Namespace) -> int:
+    from ..benchmark.clips import measure_clips
+    from ..benchmark.setup import Setup
+
+    setup = Setup(args.model or "vit_small_patch16_224", args.size or 224, device=args.device)
+    setup.check()
+    text = json.dumps(measure_clips(setup), indent=1)
     write_json(args.out, text)
     print(text)
     return 0

@@ -22,9 +22,10 @@ def run(args: argparse.Namespace) -> int:
     from mmengine.optim import build_optim_wrapper
     from mmengine.runner import Runner
 
-    from ..checks import check_data, random_base
+    from ..checks import check_data, doubts
     from ..config import load
     from ..errors import refusals
+    from ..hooks.cache import CacheFeatures
     from ..registry import TASKS
 
     cfg = load(args.config, args.overrides)
@@ -39,12 +40,14 @@ def run(args: argparse.Namespace) -> int:
     for name, loader in loaders.items():
         check_data(task, loader.dataset, f"{name}_dataloader")
     compare(loaders)
+    if cfg.get("cache_features") and "train" in loaders:
+        CacheFeatures.check(task, loaders["train"].dataset)
     print(task.adapted.trainable_report(task.heads), flush=True)
     if cfg.get("optim_wrapper") is not None:
         with refusals("optim_wrapper"):
             build_optim_wrapper(task, cfg.optim_wrapper)
     try_parts(cfg, task, loaders)
-    if said := random_base(task):
+    for said in doubts(task):
         print(f"visadapt: warning: {said}", file=sys.stderr)
     print(f"OK    {args.config}")
     return 0

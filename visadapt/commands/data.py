@@ -47,7 +47,8 @@ def run(args: argparse.Namespace) -> int:
             show(part, found)
         for split, path, other, path2 in doubles[:SHOWN]:
             print(f"equal files: {path} ({split}) and {path2} ({other})")
-    refuse(findings, doubles)
+    missing = missing_classes(findings["train"], datasets["train"]) if "train" in findings else []
+    refuse(findings, doubles, missing)
     return 0
 
 
@@ -78,6 +79,7 @@ def summary(found: Any, dataset: Any) -> dict[str, Any]:
     rows = [{"class": n, found.unit: c, "share": round(c / total, 4)} for n, c in zip(names, found.counts.tolist())]
     return {
         "samples": found.samples,
+        "frames": found.lengths(),
         "sizes": {f"{h}x{w}": n for (h, w), n in found.sizes.most_common()},
         "classes": rows if rows[-1][found.unit] else rows[:-1],
         "bands": found.bands.rows(getattr(dataset, "bands", None)),
@@ -90,7 +92,11 @@ def show(part: str, found: dict[str, Any]) -> None:
     """A summary for a person."""
     sizes = ", ".join(f"{size} ({n})" for size, n in list(found["sizes"].items())[:SHOWN])
     more = f", … ({len(found['sizes'])} sizes)" if len(found["sizes"]) > SHOWN else ""
-    print(f"{part}: {found['samples']:,} samples; height x width: {sizes}{more}\n")
+    print(f"{part}: {found['samples']:,} samples; height x width: {sizes}{more}")
+    if found["frames"]:
+        said = "frames: {min} to {max}, median {median}; clips with fewer than the {needed} asked for: {shorter}"
+        print(said.format(**found["frames"]))
+    print()
     for rows in (found["classes"], found["bands"]):
         if rows:
             shown = [{k: f"{v:,}" if isinstance(v, int) else v for k, v in row.items()} for row in rows]
@@ -104,8 +110,8 @@ def show(part: str, found: dict[str, Any]) -> None:
             print(f"{problem}: {line}")
 
 
-def refuse(findings: dict[str, Any], doubles: list[tuple[str, str, str, str]]) -> None:
-    """Raise where something is wrong; equal files within one split are told above and are no error."""
+def refuse(findings: dict[str, Any], doubles: list[tuple[str, str, str, str]], more: list[str]) -> None:
+    """Raise where something is wrong, `more` too; equal files within one split are told above and are no error."""
     shared = sum(split != other for split, _, other, _ in doubles)
     empty = [
         f"{part} has no labelled {found.unit}" for part, found in findings.items() if not int(found.counts[:-1].sum())
@@ -113,8 +119,18 @@ def refuse(findings: dict[str, Any], doubles: list[tuple[str, str, str, str]]) -
     counts = {
         "unreadable samples": sum(len(f.unreadable) for f in findings.values()),
         "samples with wrong labels or sizes": sum(len(f.wrong) for f in findings.values()),
-        "images that are in two splits": shared,
+        "files that are in two splits": shared,
     }
-    problems = [f"{n} {what}" for what, n in counts.items() if n] + empty
+    problems = [f"{n} {what}" for what, n in counts.items() if n] + empty + more
     if problems:
         raise InputError(f"the data have problems: {', '.join(problems)}; examples stand above, all with --json")
+
+
+def missing_classes(found: Any, dataset: Any) -> list[str]:
+    """Classes of a training set that nothing is labelled with, as one problem; none where all of them are missing."""
+    names = [name for name, count in zip(dataset.classes, found.counts.tolist()) if not count]
+    if not names or len(names) == len(dataset.classes):
+        return []
+    ignored = found.unit == "pixels" and int(found.counts[-1])
+    advice = " (255 is ignored: masks of 0 and 255 need label_map={0: 0, 255: 1})" if ignored else ""
+    return [f"train has no {found.unit} of {', '.join(names[:5])}{advice}"]

@@ -1,4 +1,4 @@
-"""`visadapt predict adapter.safetensors images`: JSON lines and overlay pictures, or class maps."""
+"""`visadapt predict adapter.safetensors images`: JSON lines and pictures of images or clips, or class maps."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from ._output import is_file_name, write_predictions
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("adapter", help="adapter file of a training run")
-    parser.add_argument("images", nargs="+", help="files, folders or globs; of clips also folders of frames")
+    parser.add_argument("images", nargs="+", help="images, or videos and folders of frames: files, folders or globs")
     out = "folder for predictions.jsonl, masks and pictures; or the mask of one image: a .png, of a scene a .tif"
     parser.add_argument("--out", default="predictions", help=out)
     parser.add_argument("--weights", help="base weights in place of those that the adapter file names")
-    parser.add_argument("--task", type=int, help="number of the images' task, for adapters of several tasks")
-    parser.add_argument("--batch-size", type=positive, help="images or tiles at once")
+    parser.add_argument("--task", type=int, help="number of the task, for adapters of several tasks")
+    parser.add_argument("--batch-size", type=positive, help="images or tiles at once; not for clips")
     tile = "class maps: side of a tile in pixels, for scenes and for pictures that are larger; not given, that of the "
     tile += "square images of the evaluation, or by the memory"
     parser.add_argument("--tile", type=positive, help=tile)
@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     memory = "class maps: for all but the model, 1074; pictures that need more, at 1 KiB per pixel, are tiled"
     parser.add_argument("--memory", type=positive, metavar="MB", help=memory)
     parser.add_argument("--no-pictures", action="store_true", help="write the JSON lines and masks only")
-    parser.add_argument("--strict", action="store_true", help="stop at the first image that cannot be read")
+    parser.add_argument("--strict", action="store_true", help="stop at the first image or clip that cannot be read")
     parser.add_argument("--device", help="cpu or cuda; what there is by default")
 
 
@@ -147,7 +147,8 @@ def _clips_at(place: Path) -> list[Path]:
 
     if not place.is_dir():
         return [place] if place.suffix.lower() in VIDEO_SUFFIXES else []
-    return [place] if frame_files(place) else clips_below(place)
+    videos = any(path.suffix.lower() in VIDEO_SUFFIXES for path in place.iterdir())  # a picture among them is no frame
+    return [place] if frame_files(place) and not videos else clips_below(place)
 
 
 def predict_labels(args: argparse.Namespace, paths: list[Path], names: dict[Path, str]) -> int:
@@ -158,7 +159,7 @@ def predict_labels(args: argparse.Namespace, paths: list[Path], names: dict[Path
     """
     from ..predict.image import Predictor
 
-    _check_folder(args)
+    _check_folder(args, "image")
     predictor = Predictor(args.adapter, weights=args.weights, device=args.device, task=args.task)
     answers = predictor.predict_files(paths, args.batch_size or 32, args.strict)
     write_predictions(Path(args.out), len(paths), _labelled(args, answers, paths, names))
@@ -173,7 +174,7 @@ def predict_clips(args: argparse.Namespace, paths: list[Path], names: dict[Path,
     """
     from ..predict.clip import ClipPredictor
 
-    _check_folder(args)
+    _check_folder(args, "clip")
     if args.batch_size:
         raise InputError("clips are predicted one at a time, all frames and views at once; leave out --batch-size")
     predictor = ClipPredictor(args.adapter, weights=args.weights, device=args.device, task=args.task)
@@ -182,12 +183,12 @@ def predict_clips(args: argparse.Namespace, paths: list[Path], names: dict[Path,
     return 0
 
 
-def _check_folder(args: argparse.Namespace) -> None:
+def _check_folder(args: argparse.Namespace, noun: str) -> None:
     """Refuse what makes no sense for labels."""
     if is_file_name(Path(args.out)):
         raise InputError(f"--out {args.out} names a file; labels and pictures go to a folder, give its name")
     if given := given_for_tiles(args):
-        raise InputError(f"{args.adapter} labels whole images; leave out {', '.join(given)}, made for class maps")
+        raise InputError(f"{args.adapter} labels whole {noun}s; leave out {', '.join(given)}, made for class maps")
 
 
 def _labelled(

@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from ..errors import InputError, refusals
+from ..errors import InputError, counted, refusals
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,11 +36,14 @@ def run(args: argparse.Namespace) -> int:
     if cfg.get(f"{part}_dataloader") is None:
         raise InputError(f"{args.config} has neither test_dataloader nor val_dataloader")
     task = TASKS.build({k: v for k, v in cfg.model.items() if k != "adapters"})  # the file brings its own
+    trained_on = read_manifest(args.adapter)
+    made, here = (told.get("task", {}).get("type") for told in (trained_on, task.card()))
+    if made not in (None, here):
+        raise InputError(f"{args.adapter} is of a {made}, {args.config} builds a {here}; take the config of its run")
     report = task.adapted.load(args.adapter, heads=task.heads)
     with refusals(f"{part}_dataloader"):
         loader = Runner.build_dataloader(cfg[f"{part}_dataloader"], seed=0)
     check_data(task, loader.dataset, f"{part}_dataloader")
-    trained_on = read_manifest(args.adapter)
     check_names(trained_on, args.adapter, names_of(loader.dataset), f"{part}_dataloader", fewer_classes=True)
     task.to(device)
     evaluator = Evaluator(cfg[f"{part}_evaluator"])
@@ -52,10 +55,10 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps({"images": images, "unreadable": unreadable, **metrics}))
     else:
         print(report)
-        unit = "tiles" if getattr(loader.dataset, "tile", 0) else "images"
-        print("  ".join(f"{k} {v:.4f}" for k, v in metrics.items()), f" on {images} {unit} ({part} set)")
+        unit = getattr(loader.dataset, "unit", "image")
+        print("  ".join(f"{k} {v:.4f}" for k, v in metrics.items()), f" on {counted(images, unit)} ({part} set)")
         if unreadable:
-            print(f"{unreadable} unreadable {unit} were left out")
+            print(f"{unreadable} unreadable {unit}s were left out")
     if args.out:
         for path in evaluation_files(task, evaluator.metrics[0], loader.dataset, Path(args.out)):
             print(f"wrote {path}")

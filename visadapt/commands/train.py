@@ -42,7 +42,7 @@ def train(cfg, work_dir: str | None = None, resume: str | None = None, overwrite
         The runner.
     """
     from .. import engine
-    from ..checks import random_base
+    from ..checks import doubts
     from ..files import FULL
     from ..run_folder import RunFolder, claim, keep_schedule
     from ..run_report import write_report
@@ -65,7 +65,7 @@ def train(cfg, work_dir: str | None = None, resume: str | None = None, overwrite
         if main_process:
             runner.register_hook(written)
             print(task.adapted.trainable_report(task.heads), flush=True)
-            if said := random_base(task):
+            for said in doubts(task):
                 print(f"visadapt: warning: {said}", file=sys.stderr, flush=True)
         runner.train()
         for path in write_report(runner):

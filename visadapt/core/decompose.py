@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..errors import InputError
+from ..errors import InputError, Notice
 from ..files import atomic
 
 CACHE = "VISADAPT_CACHE"
@@ -114,6 +114,7 @@ def _keep(path: Path, factors: tuple[Tensor, Tensor, Tensor]) -> None:
         warnings.warn(
             f"{folder} cannot be written, so that every run decomposes the weights anew; free some space there or set "
             f"{CACHE} to another folder",
+            Notice,
             stacklevel=3,
         )
     else:

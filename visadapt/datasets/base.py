@@ -62,9 +62,14 @@ class ImageDataset(Dataset):
         training: what stands in for an unreadable image where `strict` is off: True takes the next readable sample,
             False gives an all-zero image with `valid=False`, which metrics leave out.
 
+    Attributes:
+        unit: what one sample is called in messages: "image", "tile" or "clip".
+
     Raises:
         InputError: no samples, a class named twice, files that do not exist, transforms that cannot work.
     """
+
+    unit = "image"
 
     def __init__(
         self,
@@ -87,7 +92,7 @@ class ImageDataset(Dataset):
     def _check(self) -> None:
         name = type(self).__name__
         if not self.paths:
-            raise InputError(f"{name} has no images")
+            raise InputError(f"{name} has no {self.unit}s")
         if self.seed < 0:
             raise InputError(f"{name}: seed must be 0 or more, got {self.seed}")
         if len(set(self.classes)) != len(self.classes):
@@ -147,7 +152,7 @@ class ImageDataset(Dataset):
                 if self.strict:
                     raise
         raise InputError(
-            f"{type(self).__name__}: none of the {len(self)} images can be read; the first is {self.paths[0]}"
+            f"{type(self).__name__}: none of the {len(self)} {self.unit}s can be read; the first is {self.paths[0]}"
         )
 
     def __getitem__(self, item: int | Draw) -> dict[str, Any]:
@@ -209,7 +214,7 @@ class ClassificationDataset(ImageDataset):
         super()._check()
         name = type(self).__name__
         if len(self.paths) != len(self.labels):
-            raise InputError(f"{name}: {len(self.paths)} images but {len(self.labels)} labels")
+            raise InputError(f"{name}: {len(self.paths)} {self.unit}s but {len(self.labels)} labels")
         for path, label in zip(self.paths, self.labels):
             if not 0 <= label < len(self.classes):
                 raise InputError(

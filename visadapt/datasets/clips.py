@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import InputError, counted, hint
+from ..errors import InputError, Notice, counted, hint
 from ..transforms.albu import Albu
 from ..transforms.clips import for_each_frame, three_crops
 from .base import ClassificationDataset, common, draw_seed, stack
@@ -57,11 +59,14 @@ class ClipDataset(ClassificationDataset):
         training: what stands in for an unreadable clip, see ImageDataset; and whether frames are drawn at random.
 
     Attributes:
+        needed: frames that a clip must have so that none is repeated.
         views_of_clips: arguments by which a clip is seen as in this evaluation, for adapter files; None in training.
 
     Raises:
         InputError: as ClassificationDataset; arguments that are out of range or have no use here.
     """
+
+    unit = "clip"
 
     def __init__(
         self,
@@ -89,6 +94,7 @@ class ClipDataset(ClassificationDataset):
         pairs = (flip_labels or {}).items()
         self.flip_labels = {_label(name, a, classes): _label(name, b, classes) for a, b in pairs}
         _check_frames(name, num_frames, sampling, stride, short)
+        self.needed = 1 + (num_frames - 1) * stride
         _check_views(name, clips, size, crops, training)
         choose(decoder)
         entries = [*(transform or [])]
@@ -103,8 +109,6 @@ class ClipDataset(ClassificationDataset):
 
     def _check(self) -> None:
         name = type(self).__name__
-        if not self.paths:
-            raise InputError(f"{name} has no clips")
         super()._check()
         if not 0 <= self.flip <= 1 or (self.flip and not self.training):
             raise InputError(f"{name}: flip is a chance from 0 to 1, and for training alone, got {self.flip}")
@@ -118,6 +122,18 @@ class ClipDataset(ClassificationDataset):
                 )
             if not 0 <= label < len(self.classes):
                 raise InputError(f"{name}: flip_labels names label {label}, there are {len(self.classes)} classes")
+        if mirrors or self.flip:
+            self._warn_of_sides("flip" if self.flip else mirrors[0])
+
+    def _warn_of_sides(self, what: str) -> None:
+        """Warn of classes that a mirror exchanges while clips keep their labels."""
+        pairs = [(a, b) for a, b in mirrored_pairs(self.classes) if self.flip_labels.get(a) != b]
+        if pairs:
+            a, b = (self.classes[i] for i in pairs[0])
+            more = f", and {counted(len(pairs) - 1, 'other pair')}" if pairs[1:] else ""
+            advice = f"{'' if what == 'flip' else 'use flip and '}give flip_labels={{{a!r}: {b!r}, {b!r}: {a!r}}}"
+            about = f"{what} makes '{a}' look like '{b}' and keeps the label{more}; {advice}"
+            warnings.warn(f"{type(self).__name__}: {about}", Notice, stacklevel=5)
 
     def _check_files(self) -> None:
         missing = [p for p in self.paths if not Path(p).exists()]
@@ -137,15 +153,23 @@ class ClipDataset(ClassificationDataset):
         """
         return self._read(index, draw_seed(self.seed, 0, index))
 
+    def length(self, index: int) -> int:
+        """How many frames a clip has.
+
+        Raises:
+            UnreadableImage: it is missing or damaged.
+        """
+        with open_clip(self.paths[index], self.decoder) as clip:
+            return len(clip)
+
     def _read(self, index: int, seed: int) -> np.ndarray:
         with open_clip(self.paths[index], self.decoder) as clip:
-            needed = 1 + (self.num_frames - 1) * self.stride
-            if len(clip) < needed and self.short == "refuse":
+            if len(clip) < self.needed and self.short == "refuse":
                 raise InputError(
-                    f"{self.paths[index]} has {counted(len(clip), 'frame')}, {needed} are needed for num_frames="
+                    f"{self.paths[index]} has {counted(len(clip), 'frame')}, {self.needed} are needed for num_frames="
                     f"{self.num_frames} with stride={self.stride}; leave it out, or set short='repeat'"
                 )
-            taken = self._indices(max(len(clip), needed), seed)
+            taken = self._indices(max(len(clip), self.needed), seed)
             return clip.frames(taken.clip(max=len(clip) - 1).tolist())
 
     def _indices(self, length: int, seed: int) -> np.ndarray:
@@ -176,6 +200,14 @@ class ClipDataset(ClassificationDataset):
 def to_tensors(frames: np.ndarray) -> Tensor:
     """(N, H, W, C) to (N, C, H, W), in the same type."""
     return torch.from_numpy(np.ascontiguousarray(frames.transpose(0, 3, 1, 2)))
+
+
+def mirrored_pairs(classes: Sequence[str]) -> list[tuple[int, int]]:
+    """Indices of two classes each whose names differ only by left and right being exchanged."""
+    other = {"left": "right", "right": "left"}
+    names = {name.lower(): i for i, name in enumerate(classes)}
+    swapped = {i: names.get(re.sub("left|right", lambda m: other[m[0]], name), i) for name, i in names.items()}
+    return [(i, j) for i, j in swapped.items() if i < j]
 
 
 def _label(name: str, label: Any, classes: Sequence[str]) -> int:

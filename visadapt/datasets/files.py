@@ -68,7 +68,8 @@ def find_list(list_file: str | Path, root: Path) -> Path:
     """
     list_file = Path(list_file).expanduser()
     candidates = [list_file, root / list_file, REPOSITORY / list_file]
-    found = _first_existing(f"list file '{list_file}'", candidates, "give its path, or its path below the data folder")
+    below = "the data set's root" if root == Path() else root
+    found = _first_existing(f"list file '{list_file}'", candidates, f"give its path, or its path below {below}")
     if not found.is_file():
         raise InputError(f"list file '{list_file}': {found} is a folder, a file is needed")
     return found

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from ..errors import InputError
 from ..ignored import IGNORED
 from .base import ImageDataset
+from .clips import ClipDataset
 from .files import UnreadableImage
 from .masks import Pixels, SegmentationDataset
 
@@ -91,7 +92,9 @@ class Findings:
         sizes: how many image files have each (height, width).
         bands: statistics.
         counts: of images or pixels per class; the last one is of ignored pixels.
-        unit: "images" or "pixels".
+        unit: "images", "clips" or "pixels".
+        frames: how many each clip has; empty for images.
+        needed: frames that a clip must have so that none is repeated.
         unreadable: files that are missing or damaged, with the reason.
         wrong: labels or sizes that do not fit, in words.
         files: paths of the images by the checksum of their content.
@@ -102,9 +105,19 @@ class Findings:
     bands: Bands = field(default_factory=Bands)
     counts: Tensor | None = None
     unit: str = "images"
+    frames: list[int] = field(default_factory=list)
+    needed: int = 0
     unreadable: list[str] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
     files: dict[str, list[str]] = field(default_factory=dict)
+
+    def lengths(self) -> dict[str, int]:
+        """Frames of the shortest, the median and the longest clip, and how many are too short; nothing of images."""
+        if not self.frames:
+            return {}
+        ordered = sorted(self.frames)
+        found = {"min": ordered[0], "median": ordered[len(ordered) // 2], "max": ordered[-1], "needed": self.needed}
+        return found | {"shorter": sum(n < self.needed for n in ordered)}
 
 
 def inspect(dataset: ImageDataset, progress: bool = False) -> Findings:
@@ -114,7 +127,7 @@ def inspect(dataset: ImageDataset, progress: bool = False) -> Findings:
         dataset: images with labels or masks.
         progress: show a bar.
     """
-    found = Findings(len(dataset))
+    found = Findings(len(dataset), unit=f"{dataset.unit}s", needed=getattr(dataset, "needed", 0))
     found.counts, seen = torch.zeros(len(dataset.classes) + 1, dtype=torch.int64), set()
     for index in tqdm(range(len(dataset)), unit="sample", disable=not progress, leave=False):
         try:
@@ -126,6 +139,8 @@ def inspect(dataset: ImageDataset, progress: bool = False) -> Findings:
             found.wrong.append(str(error))
             continue
         pixels = _count(found, dataset, index, content)
+        if isinstance(dataset, ClipDataset):
+            found.frames.append(dataset.length(index))
         if dataset.paths[index] not in seen:
             seen.add(dataset.paths[index])
             found.sizes[tuple(pixels.size)] += 1

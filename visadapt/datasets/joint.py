@@ -31,6 +31,7 @@ class Joint(Dataset):
         transform: what all parts have.
         channels: bands, likewise.
         views_of_clips: how parts made of clips see them, likewise; None for images, and in training.
+        unit: "image" or "clip", of the first part.
 
     Raises:
         InputError: no parts, one that is not made of images or clips with one label each, or parts that differ in
@@ -41,7 +42,7 @@ class Joint(Dataset):
         self.parts = [DATASETS.build(part) for part in parts]
         self._check()
         self.transform, self.channels = self.parts[0].transform, self.parts[0].channels
-        self.views_of_clips = _views(self.parts[0])
+        self.views_of_clips, self.unit = _views(self.parts[0]), self.parts[0].unit
         uses = Counter(name for part in self.parts for name in part.classes)
         self.classes = tuple(
             f"{number}/{name}" if uses[name] > 1 else name

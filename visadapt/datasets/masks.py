@@ -140,6 +140,7 @@ class SegmentationDataset(ImageDataset):
         whole = list(zip(self.paths, self.masks))
         windows = [(image, mask, window) for image, mask in whole for window in self._windows(mask)]
         self.paths, self.masks, self.windows = (list(column) for column in zip(*windows))
+        self.unit = "tile"
 
     def _windows(self, mask: str) -> list[Window | None]:
         try:

@@ -47,6 +47,7 @@ class MovingCrop(ClassificationDataset):
         InputError: no pictures, too few frames or pixels.
     """
 
+    unit = "clip"
     CLASSES = ("left", "right", "zoom in", "zoom out", "still")
 
     def __init__(

@@ -25,7 +25,7 @@ class SourceTarget(Dataset):
         seed: of the draw.
 
     Attributes:
-        classes: of the source, as are `metainfo`, `transform` and `channels`.
+        classes: of the source, as are `metainfo`, `transform`, `channels` and `unit`.
 
     Raises:
         InputError: the source has no masks, the target no images, their bands differ, one is not for training, or a
@@ -36,7 +36,7 @@ class SourceTarget(Dataset):
         self.source, self.target, self.seed = DATASETS.build(source), DATASETS.build(target), seed
         self._check()
         self.classes, self.metainfo = self.source.classes, self.source.metainfo
-        self.transform, self.channels = self.source.transform, self.source.channels
+        self.transform, self.channels, self.unit = self.source.transform, self.source.channels, self.source.unit
 
     def _check(self) -> None:
         if self.seed < 0:

@@ -25,7 +25,7 @@ class CacheFeatures(Hook):
 
     def before_train(self, runner) -> None:
         task = unwrap(runner.model)
-        self._check(task, runner.train_loop.dataloader.dataset)
+        self.check(task, runner.train_loop.dataloader.dataset)
         loops = [runner.train_loop, *([runner.val_loop] if runner.val_loop is not None else [])]
         for loop in loops:
             dataset = cached(task, loop.dataloader)
@@ -33,7 +33,13 @@ class CacheFeatures(Hook):
             if hasattr(loop, "dataloader_iterator"):
                 loop.dataloader_iterator = type(loop.dataloader_iterator)(loop.dataloader)
 
-    def _check(self, task: Any, dataset: Any) -> None:
+    @staticmethod
+    def check(task: Any, dataset: Any) -> None:
+        """Refuse what cannot be computed once.
+
+        Raises:
+            InputError: with the reason.
+        """
         if task.adapted.pieces() or any(p.requires_grad for p in task.adapted.parameters()):
             names = ", ".join(task.adapted.adapters)
             raise InputError(f"cache_features needs a wholly frozen backbone; the adapters {names} change its features")
@@ -43,7 +49,7 @@ class CacheFeatures(Hook):
             raise InputError("cache_features and mix exclude each other: mixed images have features of their own")
         transform = getattr(dataset, "transform", None)
         if hasattr(dataset, "num_frames"):
-            raise InputError("cache_features is for images: training clips are drawn anew in every epoch")
+            raise InputError("cache_features is for images, not for clips; leave it out")
         if transform is not None and transform.is_random:
             raise InputError("cache_features needs training transforms without chance; leave out random ones")
 

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
 from mmengine.hooks import Hook
 from tqdm import tqdm
 
@@ -203,7 +204,7 @@ class Console(Hook):
     def __init__(self) -> None:
         self.bar: tqdm | None = None
         self.unreadable: dict[str, None] = {}
-        self.loss = float("nan")
+        self.loss: torch.Tensor | None = None
 
     def before_train(self, runner) -> None:
         if runner.rank == 0 and sys.stderr.isatty():
@@ -216,17 +217,16 @@ class Console(Hook):
         if self.bar is not None:
             self.bar.set_postfix(loss=f"{outputs['loss'].item():.3f}", refresh=False)
             self.bar.update()
-        if outputs and (runner.iter % 10 == 0 or runner.iter + 1 == runner.max_iters):
-            self.loss = outputs["loss"].item()
+        if outputs:
+            self.loss = outputs["loss"].detach()  # read when it is shown: reading waits for the device
 
     def after_val_iter(self, runner, batch_idx: int, data_batch: dict | None = None, outputs: Any = None) -> None:
         self.unreadable |= dict.fromkeys((data_batch or {}).get("unreadable", ()))
 
     def after_val_epoch(self, runner, metrics: dict | None = None) -> None:
         shown = "  ".join(f"{k} {v:.4f}" for k, v in (metrics or {}).items())
-        self._say(
-            runner, f"epoch {runner.epoch}/{runner.max_epochs}  step {runner.iter}  loss {self.loss:.4f}  {shown}"
-        )
+        loss = "" if self.loss is None else f"loss {self.loss.item():.4f}  "
+        self._say(runner, f"epoch {runner.epoch}/{runner.max_epochs}  step {runner.iter}  {loss}{shown}")
 
     def after_train(self, runner) -> None:
         if self.bar is not None:
@@ -235,7 +235,7 @@ class Console(Hook):
         if self.unreadable:
             names = list(self.unreadable)
             more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-            self._say(runner, f"{len(names)} unreadable images were skipped: {', '.join(names[:5])}{more}")
+            self._say(runner, f"{len(names)} unreadable files were skipped: {', '.join(names[:5])}{more}")
 
     def _say(self, runner, line: str) -> None:
         if runner.rank == 0:

@@ -13,8 +13,11 @@ import torch
 from ..core.io import read_manifest
 from ..datasets.clips import ClipDataset
 from ..errors import InputError, refusals
-from ..visualization.picture import four_frames
+from ..visualization.picture import enlarge, four_frames
 from .image import Predictor
+
+STRIP = 1024
+"""Pixels to which strips of small frames are enlarged."""
 
 
 class ClipPredictor(Predictor):
@@ -60,4 +63,4 @@ class ClipPredictor(Predictor):
             tasks = None if self.task_number is None else torch.tensor([self.task_number], device=self.device)
             _, scores = self.task.scores(self.task(batch, task=tasks).float())
             answer = self._answer(scores[0].cpu().numpy(), several=False)
-            yield path, four_frames(clip[: one.num_frames].numpy()), answer
+            yield path, enlarge(four_frames(clip[: one.num_frames].numpy()), STRIP), answer

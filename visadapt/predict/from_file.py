@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..backbones.weights import FOCUS, is_local
 from ..core.adapted import Adapted
 from ..core.io import read_manifest
 from ..core.manifest import OF_TASKS
@@ -124,6 +125,11 @@ class FromFile:
         backbone = {"type": manifest["backbone"]["type"], **manifest["backbone"]["arguments"]}
         if weights is not None:
             backbone["weights"] = weights
+        elif (base := backbone.get("weights")) and is_local(base) and base != FOCUS and not Path(base).is_file():
+            raise InputError(
+                f"{path} has its base weights in '{base}', which is not here; give the file as --weights (Predictor: "
+                "weights)"
+            )
         head = {"type": manifest["heads"]["main"]["type"], **manifest["heads"]["main"]["arguments"]}
         self.task = TASKS.build({**manifest["task"], "backbone": backbone, "head": head})
         self.report = self.task.eval().adapted.load(path, heads=self.task.heads)

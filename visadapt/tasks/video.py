@@ -109,6 +109,8 @@ class VideoClassifier(ImageClassifier):
         self, inputs: Tensor | None, labels: Tensor, features: Tensor | None = None, task: Tensor | None = None
     ) -> dict[str, Tensor]:
         given = inputs if features is None else features
+        if inputs is not None and inputs.ndim != 5:
+            raise InputError(f"VideoClassifier takes clips (B, T, C, H, W), got images {tuple(inputs.shape)}")
         if given.shape[1] != self.num_frames:
             raise InputError(
                 f"VideoClassifier: training clips have {given.shape[1]} frames, the model takes {self.num_frames}; "

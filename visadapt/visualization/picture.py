@@ -17,6 +17,9 @@ from ..files import atomic
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+GAP = 2
+"""Pixels between the frames of a clip."""
+
 
 def as_picture(image: np.ndarray) -> np.ndarray:
     """An image of any bands and type as (H, W, 3) uint8.
@@ -85,7 +88,19 @@ def save_figure(path: str | Path, figure: Figure) -> None:
         figure.savefig(temporary, format="png", dpi=110, facecolor="white")
 
 
-def four_frames(clip: np.ndarray) -> np.ndarray:
-    """(2 H, 2 W, C) of frames (T, C, H, W): the first, two from between and the last, in reading order."""
-    places = np.linspace(0, len(clip) - 1, 4).round().astype(int)
-    return rearrange(clip[places], "(row col) c h w -> (row h) (col w) c", row=2)
+def four_frames(clip: np.ndarray, columns: int = 4, side: int | None = None) -> np.ndarray:
+    """The first frame, two from between and the last, in reading order, with white gaps.
+
+    Args:
+        clip: (T, C, H, W), 8-bit.
+        columns: 4 for a strip, 2 for a square.
+        side: pixels of the longer side of the whole; None leaves frames as they are.
+
+    Returns:
+        (H', W', C).
+    """
+    frames = rearrange(clip[np.linspace(0, len(clip) - 1, 4).round().astype(int)], "t c h w -> t h w c")
+    if side is not None:
+        frames = np.stack([to_side(frame, (side - (columns - 1) * GAP) // columns) for frame in frames])
+    padded = np.pad(frames, ((0, 0), (0, GAP), (0, GAP), (0, 0)), constant_values=255)
+    return rearrange(padded, "(row col) h w c -> (row h) (col w) c", col=columns)[:-GAP, :-GAP]
