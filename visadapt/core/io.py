@@ -324,7 +324,7 @@ def _fill(
     names = tuple(manifest["adapters"])
     if probe and "probe/output" not in tensors:
         raise InputError(f"{path} holds no probe/output to check the adapter with; write the file again")
-    frames = manifest.get("num_frames", 1)
+    frames = manifest.get("num_frames", adapted.ctx.num_frames)
     error = check_probe(adapted, names, tensors["probe/output"], path, frames) if probe else None
     if adapted.ctx.num_frames == 1:
         adapted.ctx.num_frames = frames
