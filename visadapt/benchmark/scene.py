@@ -17,7 +17,8 @@ from .methods import alone, status
 
 BANDS = 4
 CLASSES = [f"class {i}" for i in range(10)]
-MODELS = ("vit", "conv")
+MODELS = {"vit": dict(depth=4), "tiny": dict(depth=4, embed_dim=64, num_heads=2), "conv": None}
+"""Four blocks of a ViT-S, four blocks of width 64, or two convolutions."""
 
 
 class Convolutions(nn.Module):
@@ -33,13 +34,13 @@ class Convolutions(nn.Module):
 
 
 def scorer(model: str) -> Callable[[Tensor], Tensor]:
-    """Values to scores: four blocks of a ViT-S with a linear head ("vit"), or `Convolutions` ("conv")."""
+    """Values to scores: a transformer with a linear head, or `Convolutions`."""
     torch.manual_seed(0)
-    if model == "conv":
+    arch = MODELS[model]
+    if arch is None:
         return Convolutions().eval()
     from ..tasks.segment import Segmenter
 
-    arch = dict(depth=4)
     backbone = dict(type="TimmViT", name="vit_small_patch16_224", in_chans=BANDS, arch=arch, out_indices=[3])
     task = Segmenter(backbone, dict(type="LinearSegHead", num_classes=len(CLASSES))).eval()
     return lambda tiles: task.scores(task.data_preprocessor.normalize(tiles))
@@ -87,7 +88,7 @@ def measure_scene(size: int = 5000, model: str = "vit", tile: int = 512) -> dict
 
     Args:
         size: side in pixels.
-        model: "vit" or "conv"; see `scorer`.
+        model: one of `MODELS`.
         tile: side of a tile.
 
     Returns:

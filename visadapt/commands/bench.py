@@ -33,7 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="train: one run and stored line each")
     parser.add_argument("--work-dir", default="work_dirs/bench", help="train: where the runs go")
     parser.add_argument("--method", nargs="+", default=[], metavar="NAME", help="speed: adapters to time too, or 'all'")
-    parser.add_argument("--model", help="speed: timm model; scene: vit (a ViT-S of 4 blocks) or conv (next to nothing)")
+    parser.add_argument(
+        "--model", help="speed: timm model; scene: vit (4 blocks of a ViT-S), tiny (4 of width 64) or conv"
+    )
     parser.add_argument("--size", type=positive, help="side in pixels; speed: of images, scene: of the scene")
     parser.add_argument("--tile", type=positive, default=512, help="scene: side of a tile in pixels")
     parser.add_argument("--batch", type=positive, default=8, help="speed: images per training step")
