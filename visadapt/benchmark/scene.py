@@ -17,8 +17,8 @@ from .methods import alone, status
 
 BANDS = 4
 CLASSES = [f"class {i}" for i in range(10)]
-MODELS = {"vit": dict(depth=4), "tiny": dict(depth=4, embed_dim=64, num_heads=2), "conv": None}
-"""Four blocks of a ViT-S, four blocks of width 64, or two convolutions."""
+MODELS = {"vit-s": {}, "vit": dict(depth=4), "tiny": dict(depth=4, embed_dim=64, num_heads=2), "conv": None}
+"""A whole ViT-S, four blocks of one, four blocks of width 64, or two convolutions."""
 
 
 class Convolutions(nn.Module):
