@@ -335,5 +335,5 @@ def test_benchmark(model):
     found = mapped(100, model, tile=64, threads=1)
     assert (found["tiles"], found["size"]) == (4, 100)
     assert found["peak_mib"] >= 0 and 0 < found["model_share"] < 1
-    with pytest.raises(InputError, match="unknown model 'resnet'; it is one of: vit, conv"):
+    with pytest.raises(InputError, match="unknown model 'resnet'; it is one of: vit-s, vit, tiny, conv"):
         measure_scene(model="resnet")
