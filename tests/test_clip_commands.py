@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from visadapt.backbones.timm_vit import TimmViT
 from visadapt.cli import main
-from visadapt.core.io import read_manifest
+from visadapt.core.io import read_manifest, save_like
 from visadapt.predict.clip import ClipPredictor
 
 ARCH = dict(depth=2, embed_dim=48, num_heads=3, img_size=28, init_values=1.0)
@@ -250,3 +250,18 @@ def test_base_weights_that_have_moved_are_asked_for(run, capsys, tmp_path):
         assert main(["predict", *given, "--weights", str(moved)]) == 0
     finally:
         moved.rename(run / "base.safetensors")
+
+
+def test_base_weights_below_the_home_folder_are_found(run, tmp_path, monkeypatch):
+    from visadapt.core.adapted import Adapted
+
+    monkeypatch.setenv("HOME", str(run))
+    last, clip = run / "run" / "adapter_last.safetensors", run / "data/val/left/0.mp4"
+    backbone = TimmViT("vit_small_patch14_dinov2", weights="~/base.safetensors", arch=ARCH)
+    adapted = Adapted(backbone).eval()
+    adapted.load(last)
+    path = tmp_path / "home.safetensors"
+    save_like(adapted, path, last)
+    assert read_manifest(path)["backbone"]["arguments"]["weights"] == "~/base.safetensors"
+    found, expected = (next(iter(ClipPredictor(p).predict_files([clip])))[2] for p in (path, last))
+    assert found["scores"] == expected["scores"]

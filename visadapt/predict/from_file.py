@@ -125,7 +125,12 @@ class FromFile:
         backbone = {"type": manifest["backbone"]["type"], **manifest["backbone"]["arguments"]}
         if weights is not None:
             backbone["weights"] = weights
-        elif (base := backbone.get("weights")) and is_local(base) and base != FOCUS and not Path(base).is_file():
+        elif (
+            (base := backbone.get("weights"))
+            and is_local(base)
+            and base != FOCUS
+            and not Path(base).expanduser().is_file()
+        ):
             raise InputError(
                 f"{path} has its base weights in '{base}', which is not here; give the file as --weights (Predictor: "
                 "weights)"
