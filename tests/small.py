@@ -27,6 +27,33 @@ def on_vit_b(adapter):
     return adapter
 
 
+PLACES = {"attn_in": "T_Adapter_in", "attn_out": "S_Adapter", "mlp_in": "MLP_Adapter", "mlp_out": "MLP_Adapter_out"}
+LINEARS = {"down": "D_fc1", "up": "D_fc2"}
+TOWER = {
+    **{"cls_token": "class_embedding", "pos_embed": "positional_embedding", "patch_embed.proj": "conv1"},
+    **{"norm_pre": "ln_pre", "blocks": "transformer.resblocks", "norm1": "ln_1", "norm2": "ln_2"},
+    **{"attn.qkv.": "attn.in_proj_", "attn.proj": "attn.out_proj", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj"},
+}
+"""Our names and those in published files of ZeroI2V, written out: the converter's tables would test themselves."""
+
+
+def tower_name(key):
+    for ours, theirs in TOWER.items():
+        key = key.replace(ours, theirs)
+    return key.replace("norm.", "ln_post.", 1) if key.startswith("norm.") else key
+
+
+def zeroi2v_state(adapter, body, merged):
+    """A ZeroI2V and its tower as the official code stores them, the linear adapters left out once they are merged."""
+    state = {"temporal_embedding": adapter.pieces["trunk_xx_stem"].embedding[None]}
+    for key, value in {} if merged else adapter.common.state_dict().items():
+        (place, linear, leaf), block = key[3:].split("."), int(key[:2])
+        state[f"transformer.resblocks.{block}.{PLACES[place]}.{LINEARS[linear]}.{leaf}"] = value
+    for key, value in body.state_dict().items():
+        state[tower_name(key)] = value.flatten() if key == "cls_token" else value.squeeze(0)
+    return {f"backbone.{k}": v.detach().clone() for k, v in state.items()}
+
+
 def linear_site(o, i):
     return Site("layer", "proj", 0, i, o)
 

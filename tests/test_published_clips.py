@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from cases import TINY
+from small import zeroi2v_state
 
 from visadapt import config
 from visadapt.backbones.timm_vit import TimmViT
@@ -21,13 +22,6 @@ from visadapt.errors import InputError
 from visadapt.registry import TASKS
 from visadapt.testing import noise
 
-PLACES = {"attn_in": "T_Adapter_in", "attn_out": "S_Adapter", "mlp_in": "MLP_Adapter", "mlp_out": "MLP_Adapter_out"}
-LINEARS = {"down": "D_fc1", "up": "D_fc2"}
-TOWER = {
-    **{"cls_token": "class_embedding", "pos_embed": "positional_embedding", "patch_embed.proj": "conv1"},
-    **{"norm_pre": "ln_pre", "blocks": "transformer.resblocks", "norm1": "ln_1", "norm2": "ln_2"},
-    **{"attn.qkv.": "attn.in_proj_", "attn.proj": "attn.out_proj", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj"},
-}
 SEEN = dict(num_frames=4, sampling="dense", stride=2, size=32, clips=2, crops=3)
 ZERO = dict(type="ZeroI2V", num_frames=4, offsets=[[1, 1], [-1, 1]])
 NORM = dict(type="LayerNormTuning", targets=["norm"])
@@ -36,22 +30,9 @@ HEAD = dict(type="LinearHead", num_classes=3, dropout=0.5)
 SHIPPED = sorted((Path(__file__).parents[1] / "configs" / "zeroi2v").glob("zeroi2v_clip-*.py"))
 
 
-def tower_name(key):
-    for ours, theirs in TOWER.items():
-        key = key.replace(ours, theirs)
-    return key.replace("norm.", "ln_post.", 1) if key.startswith("norm.") else key
-
-
 def official(task, merged):
     """The state of a task as the official code stores it."""
-    adapter = task.adapted.adapters["main"]
-    state = {"temporal_embedding": adapter.pieces["trunk_xx_stem"].embedding[None]}
-    for key, value in {} if merged else adapter.common.state_dict().items():
-        (place, linear, leaf), block = key[3:].split("."), int(key[:2])
-        state[f"transformer.resblocks.{block}.{PLACES[place]}.{LINEARS[linear]}.{leaf}"] = value
-    for key, value in task.adapted.backbone.body.state_dict().items():
-        state[tower_name(key)] = value.flatten() if key == "cls_token" else value.squeeze(0)
-    state = {f"backbone.{k}": v for k, v in state.items()}
+    state = zeroi2v_state(task.adapted.adapters["main"], task.adapted.backbone.body, merged)
     state |= {f"cls_head.fc_cls.{k}": v for k, v in task.head.fc.state_dict().items()}
     return {"meta": {}, "state_dict": {k: v.detach().clone() for k, v in state.items()}}
 

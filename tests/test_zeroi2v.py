@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from cases import TINY
+from small import zeroi2v_state
 
 from visadapt.adapters.zeroi2v import OFFSETS, ZeroI2V
 from visadapt.backbones.timm_vit import TimmViT
@@ -100,34 +101,12 @@ def test_a_merged_published_file_is_the_unmerged_one():
     """Both published files, before and after the merge, through the converters."""
     adapted = adapt()
     body, adapter = adapted.backbone.body, adapted.adapters["a"]
-    names = {"attn_in": "T_Adapter_in", "attn_out": "S_Adapter", "mlp_in": "MLP_Adapter", "mlp_out": "MLP_Adapter_out"}
-
-    def official(merged):
-        state = {"temporal_embedding": adapter.pieces["trunk_xx_stem"].embedding.detach()[None]}
-        for key, value in ({} if merged else adapter.common.state_dict()).items():
-            (place, linear, leaf), block = key[3:].split("."), int(key[:2])
-            linear = {"down": "D_fc1", "up": "D_fc2"}[linear]
-            state[f"transformer.resblocks.{block}.{names[place]}.{linear}.{leaf}"] = value
-        for key, value in body.state_dict().items():
-            state[clip_name(key)] = value.view(value.shape[-1]) if key == "cls_token" else value.squeeze(0)
-        return {f"backbone.{k}": v.clone() for k, v in state.items()}
-
-    def clip_name(key):
-        for ours, theirs in {
-            **{"cls_token": "class_embedding", "pos_embed": "positional_embedding", "patch_embed.proj": "conv1"},
-            **{"norm_pre": "ln_pre", "blocks": "transformer.resblocks", "norm1": "ln_1", "norm2": "ln_2"},
-            **{"attn.qkv.": "attn.in_proj_", "attn.proj": "attn.out_proj", "mlp.fc1": "mlp.c_fc"},
-            **{"mlp.fc2": "mlp.c_proj"},
-        }.items():
-            key = key.replace(ours, theirs)
-        return "ln_post" + key[4:] if key.startswith("norm.") else key
-
     x = frames(4)
     with torch.no_grad():
         expected = adapted(x).tokens
-        states = [official(merged=False)]
+        states = [zeroi2v_state(adapter, body, merged=False)]
         adapted.merge("a")
-        states.append(official(merged=True))
+        states.append(zeroi2v_state(adapter, body, merged=True))
         for state, ratio in zip(states, (0.25, None)):
             backbone = TimmViT(TINY["clip"]["name"], arch=TINY["clip"]["arch"]).eval()
             backbone.body.load_state_dict(convert(state, backbone.body).state)

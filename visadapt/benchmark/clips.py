@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-import time
+from functools import partial
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -18,13 +18,14 @@ from ..datasets.clips import ClipDataset, collate_clips
 from ..datasets.video_files import choose
 from .methods import adapted_with, stepper
 from .setup import Setup
+from .timing import interleaved
 
 VIDEOS, SECONDS, RATE, HEIGHT, WIDTH = 16, 10, 30, 240, 320
 FRAMES, WORKERS, ROUNDS = 8, 2, 5
 
 
 def measure_clips(setup: Setup, method: str = "ZeroI2V") -> dict[str, Any]:
-    """Clips per second from a loader of training clips, and of a training step, each measured alone.
+    """Clips per second from a loader of training clips, and of a training step, in turns.
 
     The videos are made here: mp4 of 10 seconds, 320 x 240 at 30 frames per second. A clip is 8 frames from all over its
     video, cut and resized to the side of `setup`; the step is that of the method on one clip at a time.
@@ -34,11 +35,9 @@ def measure_clips(setup: Setup, method: str = "ZeroI2V") -> dict[str, Any]:
         crop = [dict(type="RandomResizedCrop", size=(setup.size, setup.size))]
         data = ClipDataset(paths, [0] * VIDEOS, ["any"], crop, num_frames=FRAMES, training=True)
         loader = DataLoader(data, 1, num_workers=WORKERS, collate_fn=collate_clips, persistent_workers=True)
-        list(loader)  # workers have started
-        loading = median(_seconds(lambda: list(loader)) for _ in range(ROUNDS)) / VIDEOS
-    step = stepper(adapted_with(setup, {"type": method}), setup.images(FRAMES))
-    step()
-    training = median(_seconds(step) for _ in range(ROUNDS))
+        step = stepper(adapted_with(setup, {"type": method}), setup.images(FRAMES))
+        times = interleaved({"loading": partial(list, loader), "training": step}, ROUNDS, setup.device)
+    loading, training = median(times["loading"]) / VIDEOS, median(times["training"])
     return {
         **{"visadapt": __version__, "machine": platform.processor() or platform.machine(), "device": setup.device},
         **{"model": setup.model, "size": setup.size, "method": method, "decoder": choose("auto"), "workers": WORKERS},
@@ -56,9 +55,3 @@ def _video(path: Path, seed: int) -> Path:
         writer.write(picture[n % HEIGHT :][:HEIGHT, n % WIDTH :][:, :WIDTH])
     writer.release()
     return path
-
-
-def _seconds(call: Any) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start

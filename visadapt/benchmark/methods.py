@@ -210,11 +210,11 @@ def own_ratios(setup: Setup, name: str) -> dict[str, float]:
     """What only some methods have: attention with another core over the one that it rewrites, and, of those that fold
     in part, merged inference over that of the bare backbone.
     """
-    found = attention_ratio(setup, adapted_with(setup, config(name)))
-    adapted = adapted_with(setup, config(name)).eval()
+    adapted = adapted_with(setup, config(name))
+    found = attention_ratio(setup, adapted)
     if {p.folds for p in adapted.pieces()} != {True, False}:
         return found
-    adapted.merge()
+    adapted.eval().merge()
     images, base = setup.images(setup.batch), Adapted(setup.backbone()).eval()
     with torch.inference_mode():
         candidates = {"base": partial(base, images), "merged": partial(adapted, images)}

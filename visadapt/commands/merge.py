@@ -85,7 +85,6 @@ def _write_rest(args: argparse.Namespace, merged: Any, rest: dict[str, Any], bac
         adapted.add(name, adapter)
         for key, piece in adapter.pieces.items():
             piece.restore(merged.adapters[name].pieces[key].stored())
-        adapter.common.load_state_dict(
-            {k: v for k, v in merged.adapters[name].common.state_dict().items() if k in adapter.common.state_dict()}
-        )
+        shared = merged.adapters[name].common.state_dict()
+        adapter.common.load_state_dict({key: shared[key] for key in adapter.common.state_dict()})
     save_like(adapted, args.rest, args.adapter)

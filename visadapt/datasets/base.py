@@ -6,7 +6,7 @@ or not the run was resumed in between.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -102,8 +102,8 @@ class ImageDataset(Dataset):
     def _check_files(self) -> None:
         self._refuse_missing(self.paths, "images")
 
-    def _refuse_missing(self, paths: Sequence[str], noun: str) -> None:
-        missing = [p for p in paths if not Path(p).is_file()]
+    def _refuse_missing(self, paths: Sequence[str], noun: str, there: Callable[[Path], bool] = Path.is_file) -> None:
+        missing = [p for p in paths if not there(Path(p))]
         if missing:
             more = ", …" if len(missing) > 5 else ""
             raise InputError(
@@ -230,19 +230,22 @@ class ClassificationDataset(ImageDataset):
         return {**super()._blank(index, like), "label": self.labels[index]}
 
 
-def stack(samples: list[dict[str, Any]], key: str = "inputs") -> Tensor:
+def stack(
+    samples: list[dict[str, Any]],
+    key: str = "inputs",
+    noun: str = "images",
+    axes: str = "bands, height, width",
+    advice: str = "add a resize or crop transform, such as dict(type='Resize', height=224, width=224)",
+) -> Tensor:
     """Tensors of all samples as one (B, ...).
 
     Raises:
-        InputError: images of different size.
+        InputError: images, or what the noun says, of different size; with the axes of a sample, and what to do.
     """
     shapes = {tuple(s[key].shape): s["path"] for s in samples}
     if len(shapes) > 1:
         (a, path_a), (b, path_b) = list(shapes.items())[:2]
-        raise InputError(
-            f"images of a batch differ in size: {path_a} is {a}, {path_b} is {b} (bands, height, width); "
-            "add a resize or crop transform, such as dict(type='Resize', height=224, width=224)"
-        )
+        raise InputError(f"{noun} of a batch differ in size: {path_a} is {a}, {path_b} is {b} ({axes}); {advice}")
     return torch.stack([s[key] for s in samples])
 
 

@@ -136,13 +136,7 @@ class ClipDataset(ClassificationDataset):
             warnings.warn(f"{type(self).__name__}: {about}", Notice, stacklevel=5)
 
     def _check_files(self) -> None:
-        missing = [p for p in self.paths if not Path(p).exists()]
-        if missing:
-            more = ", …" if len(missing) > 5 else ""
-            raise InputError(
-                f"{type(self).__name__}: {len(missing)} of {len(self.paths)} listed clips do not exist: "
-                f"{', '.join(missing[:5])}{more}; mend the list or the data folder"
-            )
+        self._refuse_missing(self.paths, "clips", Path.exists)  # a clip may be a folder
 
     def read(self, index: int) -> np.ndarray:
         """The frames that a sample is made of in epoch 0, (clips * T, H, W, 3) uint8 RGB.
@@ -257,12 +251,7 @@ def collate_clips(samples: list[dict[str, Any]]) -> dict[str, Any]:
     Raises:
         InputError: clips of different size.
     """
-    shapes = {tuple(s["inputs"].shape): s["path"] for s in samples}
-    if len(shapes) > 1:
-        (a, path_a), (b, path_b) = list(shapes.items())[:2]
-        raise InputError(
-            f"clips of a batch differ in size: {path_a} is {a}, {path_b} is {b} (frames, bands, height, width); add a "
-            "transform such as dict(type='RandomResizedCrop', size=(224, 224)), or in evaluation size=224"
-        )
+    advice = "add a transform such as dict(type='RandomResizedCrop', size=(224, 224)), or in evaluation size=224"
     labels = torch.tensor([s["label"] for s in samples], dtype=torch.int64)
-    return {"inputs": stack(samples), "labels": labels, **common(samples)}
+    inputs = stack(samples, "inputs", "clips", "frames, bands, height, width", advice)
+    return {"inputs": inputs, "labels": labels, **common(samples)}

@@ -74,8 +74,7 @@ class VideoClassifier(ImageClassifier):
 
     @property
     def heads(self) -> dict[str, nn.Module]:
-        pooling = getattr(self, "pooling", None)
-        return {"main": self.head} | ({} if pooling is None else {"frames": pooling})
+        return {"main": self.head} | ({} if self.pooling is None else {"frames": self.pooling})
 
     def card(self) -> dict[str, Any]:
         kept = {key: getattr(self, key) for key in ("pool", "num_frames", "frame_pool", "pool_heads")}
