@@ -11,7 +11,7 @@ from visadapt.adapters import VIT_B
 from visadapt.backbones.timm_vit import TimmViT
 from visadapt.benchmark.methods import adapted_with, measure_methods, textbook
 from visadapt.benchmark.parameters import MODEL, trainable
-from visadapt.benchmark.results import zoo_rows
+from visadapt.benchmark.report.zoo import zoo_rows
 from visadapt.benchmark.setup import Setup
 from visadapt.benchmark.timing import ratio, spread
 from visadapt.cli import main

@@ -38,15 +38,23 @@ TWINS: dict[str, tuple[str, dict[str, Any]]] = {
 """Methods that HF PEFT has too, with its config class and the arguments that make it the same size."""
 
 
-def stepper(model: nn.Module, images: Tensor) -> Callable[[], None]:
+def stepper(
+    model: nn.Module, images: Tensor, objective: Callable[[nn.Module, Tensor], Tensor] | None = None
+) -> Callable[[], None]:
     """One training step: forward, backward, AdamW on what trains, and what adapters do around it.
 
     Where nothing trains it is the forward pass and the backward pass of the input.
+
+    Args:
+        model: a backbone, an adapted one, or a task around it.
+        images: of the step.
+        objective: what model and images give that is minimised; `loss` where None.
     """
+    objective = objective or loss
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=1e-4) if trainable else None
     images = images if trainable else images.clone().requires_grad_()
-    adapters = list(model.adapters.values()) if isinstance(model, Adapted) else []
+    adapters = [a for m in model.modules() if isinstance(m, Adapted) for a in m.adapters.values()]
     count = 0
 
     def step() -> None:
@@ -55,7 +63,7 @@ def stepper(model: nn.Module, images: Tensor) -> Callable[[], None]:
         progress = Progress(step=count, total=1_000_000, epoch=0, epochs=100, generator=generator, lr=1e-4)
         for adapter in adapters:
             adapter.on_step(progress)
-        loss(model, images).backward()
+        objective(model, images).backward()
         images.grad = None
         if optimizer is None:
             return

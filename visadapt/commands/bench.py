@@ -1,6 +1,6 @@
-"""`visadapt bench speed`: ratios within one run. `bench train`: store results. `bench report`: the table of them.
-`bench parameters`: counts on a ViT-B. `bench scene`: memory and time of a whole scene. `bench clips`: decoding against
-training.
+"""`visadapt bench`: `offline`, `vtab`, `fgvc` and `fewshot` compare methods, `report` shows what is stored of them,
+`train` stores results of single configs, `speed` takes ratios within one run, `parameters` counts on a ViT-B, `scene`
+and `clips` measure whole scenes and the decoding of videos.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import argparse
 import json
 
 from ..errors import InputError, hint
+from . import _sweeps
 from ._arguments import positive
 from ._output import write_json
 
@@ -24,26 +25,25 @@ COLUMNS |= {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "what",
-        choices=["speed", "train", "report", "parameters", "scene", "clips"],
-        help="the benchmark, stored results, their report, the counts that 'visadapt list' shows, a whole scene, or "
-        "decoding of videos",
+        choices=[*_sweeps.SUITES, "report", "speed", "train", "parameters", "scene", "clips"],
+        help="a comparison of methods, the report of all stored results, step times, single configs whose results are "
+        "stored, the counts that 'visadapt list' shows, a whole scene, or decoding of videos",
     )
     parser.add_argument("config", nargs="?", help="train: the config to run")
     parser.add_argument("overrides", nargs="*", default=[], help="train: a.b.c=value")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="train: one run and stored line each")
-    parser.add_argument("--work-dir", default="work_dirs/bench", help="train: where the runs go")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="one run and stored line each")
+    parser.add_argument("--work-dir", default="work_dirs/bench", help="where the runs go")
     parser.add_argument("--method", nargs="+", default=[], metavar="NAME", help="speed: adapters to time too, or 'all'")
-    parser.add_argument(
-        "--model", help="speed: timm model; scene: vit (4 blocks of a ViT-S), tiny (4 of width 64) or conv"
-    )
-    parser.add_argument("--size", type=positive, help="side in pixels; speed: of images, scene: of the scene")
+    parser.add_argument("--model", help="timm model; scene: vit (4 blocks of a ViT-S), tiny (4 of width 64) or conv")
+    parser.add_argument("--size", type=positive, help="side of images in pixels; scene: of the scene")
     parser.add_argument("--tile", type=positive, default=512, help="scene: side of a tile in pixels")
-    parser.add_argument("--batch", type=positive, default=8, help="speed: images per training step")
+    parser.add_argument("--batch", type=positive, help="images per training step; speed: 8")
     parser.add_argument("--mixed", type=positive, default=32, help="speed: images and adapters of the mixed batch")
     parser.add_argument("--rounds", type=positive, default=9, help="speed: measured rounds; of single methods a third")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="speed: where to run")
     parser.add_argument("--json", action="store_true", help="speed: print one JSON object")
     parser.add_argument("--out", help="speed, scene, clips: also write the JSON object to this file")
+    _sweeps.add_arguments(parser)
 
 
 def methods(names: list[str]) -> list[str]:
@@ -64,6 +64,8 @@ def methods(names: list[str]) -> list[str]:
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.what in _sweeps.SUITES:
+        return _sweeps.run(args)
     if args.what == "speed":
         return speed(args)
     if args.what == "scene":
@@ -77,13 +79,15 @@ def run(args: argparse.Namespace) -> int:
         return 0
     from pathlib import Path
 
-    from ..benchmark.results import train_and_store, write_zoo
+    from ..benchmark.report import write_report
+    from ..benchmark.results import train_and_store
 
     if args.what == "train":
         if args.config is None:
             raise InputError("bench train needs a config: visadapt bench train configs/lora/….py --seeds 0 1 2")
         train_and_store(args.config, args.overrides, args.seeds, Path(args.work_dir))
-    print(f"wrote {write_zoo()}")
+    for path in write_report():
+        print(f"wrote {path}")
     return 0
 
 
@@ -115,7 +119,7 @@ def speed(args: argparse.Namespace) -> int:
     from ..benchmark.speed import measure
 
     model, size = args.model or "vit_small_patch16_224", args.size or 224
-    setup = Setup(model, size, args.batch, args.mixed, args.rounds, args.device)
+    setup = Setup(model, size, args.batch or 8, args.mixed, args.rounds, args.device)
     setup.check()
     found = measure(setup, chosen)
     text = json.dumps(found, indent=1)

@@ -144,12 +144,20 @@ class SegmentationDataset(ImageDataset):
 
     def _windows(self, mask: str) -> list[Window | None]:
         try:
-            height, width = read_header(mask).size
+            height, width = self.mask_size(mask)
         except UnreadableImage:
             return [None]
         side = self.tile
         tops, lefts = ([min(at, max(n - side, 0)) for at in range(0, n, side)] for n in (height, width))
         return [Window(top, left, side, side) for top in tops for left in lefts]
+
+    def mask_size(self, mask: str) -> tuple[int, int]:
+        """(height, width) of a mask file."""
+        return read_header(mask).size
+
+    def raw_mask(self, index: int) -> tuple[np.ndarray, tuple[int, int]]:
+        """What the mask file of a sample holds, or its window; and the (height, width) of the whole mask."""
+        return read_mask(self.masks[index], self.labels.colors is not None, self.windows[index])
 
     def name(self, index: int) -> str:
         """The image's path, and of a window its upper left corner: "<path>#<column>,<row>"."""
@@ -174,7 +182,7 @@ class SegmentationDataset(ImageDataset):
         """What is in the image file of a sample or in its window, and the mask (H, W) uint8 of the whole window."""
         pixels = self.pixels(index)
         path, window = self.masks[index], self.windows[index]
-        raw, size = read_mask(path, self.labels.colors is not None, window)
+        raw, size = self.raw_mask(index)
         if size != pixels.size:
             raise InputError(
                 f"{self.paths[index]} is {pixels.size}, its mask {path} is {size} (height, width); both need one size"

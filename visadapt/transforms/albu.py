@@ -26,6 +26,7 @@ from ..ignored import IGNORED
 from ..registry import TRANSFORMS, unknown_arguments
 from .clips import RandAugment
 from .crops import BalancedCrop
+from .resize import BicubicResize
 
 GROUPS = {"OneOf": A.OneOf, "RandomOrder": A.RandomOrder, "Sequential": A.Sequential, "SomeOf": A.SomeOf}
 # The model normalises on the device with the backbone's own statistics; doing it here as well would do it twice.
@@ -43,7 +44,8 @@ REFUSED = {
 # Arguments about masks. What a mask holds are names and no quantities: nothing lies between two of them.
 MASK_FILLS, NEAREST = ("fill_mask", "mask_drop_value"), (cv2.INTER_NEAREST, cv2.INTER_NEAREST_EXACT)
 # At p=1 the outcome depends on the image alone, unless a size or a position is drawn.
-DETERMINISTIC = {"CenterCrop", "Crop", "LongestMaxSize", "Pad", "PadIfNeeded", "Resize", "SmallestMaxSize", "ToGray"}
+DETERMINISTIC = {"CenterCrop", "Crop", "Pad", "PadIfNeeded", "ToGray"}
+DETERMINISTIC |= {"BicubicResize", "LongestMaxSize", "Resize", "SmallestMaxSize"}
 
 
 def _leaf_classes() -> dict[str, type]:
@@ -52,6 +54,7 @@ def _leaf_classes() -> dict[str, type]:
     leaves = {n: c for n, c in named.items() if not issubclass(c, A.Transform3D) and n not in REFUSED}
     return {n: c for n, c in leaves.items() if c not in abstract} | {
         "BalancedCrop": BalancedCrop,
+        "BicubicResize": BicubicResize,
         "RandAugment": RandAugment,
     }
 
@@ -65,8 +68,8 @@ class Albu:
 
     Args:
         transforms: entries such as `dict(type='Resize', height=224, width=224)`; `type` is the name of a class of
-            albumentations 2.0.8, BalancedCrop or RandAugment. OneOf, SomeOf, Sequential and RandomOrder hold a nested
-            list `transforms`.
+            albumentations 2.0.8, BalancedCrop, BicubicResize or RandAugment. OneOf, SomeOf, Sequential and RandomOrder
+            hold a nested list `transforms`.
         channels: bands of the images; every pixel transform is tried on such an image when the pipeline is built.
 
     Raises:

@@ -1,0 +1,197 @@
+"""One cell of a benchmark table: a method on a task under a seed, from its config to its result."""
+
+from __future__ import annotations
+
+import platform
+import re
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.config import Config
+
+from .. import __version__, config, engine
+from ..checkpoint import unwrap
+from ..errors import InputError
+from ..registry import ADAPTERS
+from ..run_folder import RunFolder
+from .cost import step_cost
+from .recipes import HEAD_LR, Recipe, adapter_config, recipe
+from .results import config_hash
+from .suites import BenchTask, Protocol, Suite
+
+HYPERPARAMETERS = ("lr", "weight_decay", "scale")
+"""What may be chosen per task."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What one run is about.
+
+    Attributes:
+        suite: whose protocol holds.
+        task: what is learnt.
+        method: name of a recipe.
+        seed: of everything that is drawn.
+        hyperparameters: values of HYPERPARAMETERS that differ from the recipe's.
+        select: train on "train" and measure on "val", to choose hyperparameters; else on "trainval" and "test".
+    """
+
+    suite: Suite
+    task: BenchTask
+    method: str
+    seed: int
+    hyperparameters: Mapping[str, float] = field(default_factory=dict)
+    select: bool = False
+
+    @property
+    def config(self) -> Config:
+        """Of the run, as `visadapt train` takes it."""
+        return Config(cell_config(self))
+
+    @property
+    def key(self) -> str:
+        """Identity of the run: a hash of its config."""
+        return config_hash(self.config)
+
+    @property
+    def name(self) -> str:
+        return f"{self.method} {self.task.name} seed {self.seed}"
+
+    @property
+    def config_file(self) -> Path:
+        """Where the config of a finished cell is kept, below the folder of results."""
+        method = re.sub(r"\W+", "-", self.method.replace("+", "-plus").lower())
+        return Path("configs") / self.suite.name / f"{method}_{self.task.name}.py"
+
+
+def cell_config(cell: Cell) -> dict[str, Any]:
+    """The settings of a cell.
+
+    Raises:
+        InputError: the method has no such hyperparameter.
+    """
+    found, protocol, task = recipe(cell.method), cell.suite.protocol, cell.task
+    train, test = ("train", "val") if cell.select else ("trainval", "test")
+    cls = ADAPTERS.get(found.adapter)
+    return {
+        "model": _model(cell, found),
+        "train_dataloader": _loader(task, train, protocol, training=True),
+        "val_dataloader": _loader(task, test, protocol, training=False),
+        "val_evaluator": {"type": "SegmentationMetric" if task.pixels else "ClassificationMetric"},
+        "train_cfg": {"by_epoch": True, "max_epochs": protocol.epochs, "val_interval": protocol.epochs},
+        "val_cfg": {},
+        "optim_wrapper": _optimizer(cell, found),
+        "param_scheduler": {
+            "type": "CosineAnnealingLR",
+            "T_max": protocol.epochs,
+            "by_epoch": True,
+            "convert_to_iter_based": True,
+        },
+        "default_hooks": {"checkpoint": None, "logger": {"type": "LoggerHook", "interval": 10}},
+        "custom_hooks": [{"type": "visadapt.hooks.files.AdapterFiles", "monitor": "miou" if task.pixels else "top1"}],
+        "randomness": {"seed": cell.seed},
+        **({} if task.pixels or cls.kinds or cls.trains_base else {"cache_features": True}),
+    }
+
+
+def _model(cell: Cell, found: Recipe) -> dict[str, Any]:
+    task, protocol = cell.task, cell.suite.protocol
+    adapter = adapter_config(found)
+    if "scale" in cell.hyperparameters:
+        if found.scale_argument is None:
+            raise InputError(f"{cell.method} has no scale to choose; leave out scale")
+        adapter[found.scale_argument] = cell.hyperparameters["scale"]
+    backbone: dict[str, Any] = {"type": "TimmViT", "name": protocol.model, "weights": protocol.weights}
+    if task.channels != 3:
+        backbone |= {"in_chans": task.channels, "bands": "mean"}
+    if task.pixels:
+        backbone["out_indices"] = [-10, -7, -4, -1]
+    return {
+        "type": "Segmenter" if task.pixels else "ImageClassifier",
+        "backbone": backbone,
+        "adapters": {"main": adapter},
+        "head": {"type": "LinearSegHead" if task.pixels else "LinearHead", "num_classes": task.classes},
+        **({} if found.loss is None else {"loss": {"type": found.loss}}),
+    }
+
+
+def _loader(task: BenchTask, split: str, protocol: Protocol, training: bool) -> dict[str, Any]:
+    """Images at the size of the protocol, without augmentation; windows of images with masks are seen as they are."""
+    dataset = dict(task.data[split], training=training)
+    if task.pixels:
+        dataset["tile"] = task.tile
+    else:
+        resize = "BicubicResize" if task.channels == 3 else "Resize"
+        dataset["transform"] = [{"type": resize, "height": protocol.size, "width": protocol.size}]
+    return {
+        "batch_size": protocol.batch if training else protocol.test_batch,
+        "num_workers": 0,
+        "drop_last": training,
+        "dataset": dataset,
+        "sampler": {"type": "visadapt.datasets.sampler.EpochSampler", "shuffle": training, "round_up": training},
+        "collate_fn": {"type": f"visadapt.datasets.{'masks.collate_masks' if task.pixels else 'base.collate'}"},
+    }
+
+
+def _optimizer(cell: Cell, found: Recipe) -> dict[str, Any]:
+    chosen = cell.hyperparameters
+    lr, decay = chosen.get("lr", found.lr), chosen.get("weight_decay", found.weight_decay)
+    groups = {"head_lr_mult": HEAD_LR / found.lr, "decay_vectors": found.decay_vectors, **found.groups}
+    return {
+        "type": "visadapt.optim.wrapper.AutocastOptimWrapper",
+        "constructor": "visadapt.optim.groups.TrainableGroups",
+        "optimizer": {**found.optimizer, "lr": lr, "weight_decay": decay},
+        "paramwise_cfg": groups,
+    }
+
+
+def run_cell(cell: Cell, folder: Path, threads: int) -> dict[str, Any]:
+    """Train a cell in a folder of its own and measure it; an earlier run in the folder is replaced.
+
+    Returns:
+        The result as one JSON object.
+    """
+    torch.set_num_threads(threads)
+    start = time.perf_counter()
+    folder.mkdir(parents=True, exist_ok=True)
+    config.dump(cell.config, folder / "config.py")
+    cfg = config.load(folder / "config.py")
+    time_ratio, memory_ratio = step_cost(cfg)
+    cfg.work_dir = str(folder)
+    written = RunFolder(Config(cfg.to_dict()), overwrite=True)
+    runner = engine.build_runner(cfg)
+    runner.register_hook(written)
+    runner.train()
+    hook = next(h for h in runner.hooks if type(h).__name__ == "AdapterFiles")
+    task = unwrap(runner.model)
+    trained = task.adapted.trainable_report(task.heads)
+    protocol = cell.suite.protocol
+    return {
+        **{"suite": cell.suite.name, "method": cell.method, "task": cell.task.name, "group": cell.task.group},
+        **{"seed": cell.seed, "backbone": f"{protocol.model}, {protocol.weights or 'random weights'}"},
+        **{"metric": hook.monitor, "value": hook.metrics[hook.monitor], "metrics": hook.metrics},
+        "hyperparameters": dict(cell.hyperparameters),
+        "protocol": described(cell),
+        "train_images": len(runner.train_dataloader.dataset),
+        "test_images": len(runner.val_dataloader.dataset),
+        "trainable_params": trained.trainable,
+        "head_params": sum(p.numel() for head in task.heads.values() for p in head.parameters()),
+        "stored_bytes": (folder / "adapter_last.safetensors").stat().st_size,
+        **{"step_time_ratio": time_ratio, "memory_ratio": memory_ratio},
+        **{"seconds": round(time.perf_counter() - start, 1), "threads": threads, "machine": platform.machine()},
+        **{"adapter_file": str(folder / "adapter_last.safetensors"), "config_hash": cell.key, "version": __version__},
+    }
+
+
+def described(cell: Cell) -> dict[str, Any]:
+    """What a reader wants to know of the training without opening the config."""
+    protocol, optimizer = cell.suite.protocol, cell.config.optim_wrapper.optimizer
+    size = cell.task.tile if cell.task.pixels else protocol.size
+    return {
+        **{"size": size, "epochs": protocol.epochs, "batch": protocol.batch},
+        **{key: optimizer[key] for key in ("lr", "weight_decay")},
+    }
