@@ -105,10 +105,10 @@ def piece(rank, seed=0):
 
 @pytest.mark.parametrize("rank", [1, 5, 63])
 def test_attention_in_r_channels_is_attention_in_64(rank):
-    made, patches, context = piece(rank), normal(2, 6, D).requires_grad_(), normal(2, 6, 6, seed=1).requires_grad_()
-    first, second = made._mix_in_rank(patches, context), made._mix(patches, context)
+    made, y, context = piece(rank), normal(2, 7, D).requires_grad_(), normal(2, 6, 6, seed=1).requires_grad_()
+    first, second = made._mix_in_rank(y, context, 1), made._mix(y, context, 1)
     assert_close(first, second)
-    learning, cotangent = [patches, context, *made.parameters()], normal(*first.shape, seed=2)
+    learning, cotangent = [y, context, *made.parameters()], normal(*first.shape, seed=2)
     found, expected = (torch.autograd.grad((y * cotangent).sum(), learning) for y in (first, second))
     for one, other in zip(found, expected):
         assert_close(one, other, "gradient", 1e-9)

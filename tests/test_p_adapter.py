@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from cases import TINY
-from parity.p_adapter import Layer
+from parity.p_adapter import Attention, Layer
 from small import compiles, vit
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -15,6 +15,7 @@ from visadapt.adapters._common import laplacian
 from visadapt.adapters._common.laplacian import LaplacianSums
 from visadapt.adapters.p_adapter import LaplacianAttention, PAdapter, attention_probs
 from visadapt.core.adapted import Adapted
+from visadapt.core.inject import Output
 from visadapt.errors import InputError
 from visadapt.testing import assert_close, difference, noise, progress, tiny_backbone
 
@@ -134,7 +135,7 @@ def run(module, piece, x, context=None, bias=None, last=None):
     """The attention with a bias; of the last queries only where asked for."""
     q, k, v, _ = module.project(x, context)
     q = q if last is None else q[:, :, -last:]
-    return piece.run(q, k, v, bias, lambda o: module.output(o, x), None)
+    return piece.run(q, k, v, bias, Output(module, x), None)
 
 
 def causal(n):
@@ -181,7 +182,24 @@ def test_values_across_are_pooled_to_the_given_number():
     q, k, v, _ = module.project(x, twice)
     probs, h = attention_probs(q, k, None), module.output(attention_probs(q, k, None) @ v, x)
     nodes = module.output(torch.cat([q, v[:, :, ::2]], 2), x)
-    assert_close(module(x, twice), h + piece.messages(h, nodes, probs[..., ::2]))
+    assert_close(module(x, twice), h + piece.messages(h, piece.inner(nodes), probs[..., ::2]))
+
+
+@pytest.mark.parametrize("more", ["nothing", "a hook", "another adapter", "few rows"])
+def test_a_linear_behind_the_projection(more, monkeypatch):
+    """One product with both weights, unless something lies between them or there are few rows."""
+    (module, piece), x = layer("attn"), random(2, 2 if more == "few rows" else 6, 32)
+    v = module.project(x)[2]
+    if more == "a hook":
+        module.dense.register_forward_hook(lambda m, args, y: 2 * y)
+    if more == "another adapter":
+        module.dense.forward = lambda y: y.square()
+    expected, called = piece.inner(module.output(v, x)), []
+    monkeypatch.setattr(
+        Attention, "output", lambda self, o, x: called.append(o) or self.dense(o.transpose(1, 2).flatten(2))
+    )
+    assert_close(Output(module, x).then(piece.inner, v), expected)
+    assert bool(called) == (more != "nothing")
 
 
 @torch.no_grad()

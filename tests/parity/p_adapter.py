@@ -31,6 +31,9 @@ class Attention(nn.Module):
     def output(self, o: Tensor, x: Tensor) -> Tensor:
         return self.dense(o.transpose(1, 2).flatten(2))
 
+    def linear(self):
+        return self.dense
+
     def forward(self, x, context=None):
         q, k, v, bias = self.project(x, context)
         return self.output(nn.functional.scaled_dot_product_attention(q, k, v, bias), x)
@@ -112,7 +115,7 @@ def graph(kit):
     _, piece, names = attached(kit, "xattn" if cross else "attn")
     h, nodes = linear(kit, "dense", fed["context"]), linear(kit, "dense", fed["nodes"])
     probs = fed["attn"][:, :, :q, q:] if cross else fed["attn"]
-    return closed(kit, h + piece.messages(h, nodes, probs), fed["residual"], piece, names)
+    return closed(kit, h + piece.messages(h, piece.inner(nodes), probs), fed["residual"], piece, names)
 
 
 def ffn(kit):

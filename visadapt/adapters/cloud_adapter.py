@@ -47,17 +47,18 @@ class ContextAttention(Tokens):
         self.read, self.rank = read, rank
 
     def forward(self, x: Tensor, y: Tensor, ctx: Context) -> Tensor:
-        lead, patches = ctx.split(y)
         context = ctx.values[f"{self.owner}.context{self.read}"]
         mix = self._mix if self.rank is None or self.rank >= HEAD_DIM else self._mix_in_rank
-        return torch.cat([lead, patches + mix(patches, context)], 1)
+        return y + mix(y, context, ctx.prefix + ctx.inserted)
 
-    def _mix(self, patches: Tensor, context: Tensor) -> Tensor:
-        projected = (self.q(patches), self.k(context), self.v(context))
+    def _mix(self, y: Tensor, context: Tensor, lead: int) -> Tensor:
+        """What is added to the tokens y, zero for the first `lead` ones, which are cut away where values are few."""
+        projected = (self.q(y)[:, lead:], self.k(context), self.v(context))
         q, k, v = (t.unflatten(2, (HEADS, HEAD_DIM)).transpose(1, 2) for t in projected)
-        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return self.out(F.pad(mixed, (0, 0, lead, 0)))
 
-    def _mix_in_rank(self, patches: Tensor, context: Tensor) -> Tensor:
+    def _mix_in_rank(self, y: Tensor, context: Tensor, lead: int) -> Tensor:
         """The same in heads of r channels: what lies between two first factors is multiplied out, (r, r) per head.
 
         Scores are y A_q (B_q B_k^T)_h (c A_k)^T, and head h gives softmax(scores / 8) (c A_v) (B_v A_out)_h B_out.
@@ -65,10 +66,11 @@ class ContextAttention(Tokens):
         b_q, b_k, b_v = (f[1].weight.unflatten(0, (HEADS, HEAD_DIM)) for f in (self.q, self.k, self.v))
         between = torch.einsum("hdr,hds->hsr", b_q, b_k).flatten(0, 1)
         back = torch.einsum("ohd,hdr->ohr", self.out[0].weight.unflatten(1, (HEADS, HEAD_DIM)), b_v).flatten(1)
-        q = F.linear(self.q[0](patches), between).unflatten(2, (HEADS, -1)).transpose(1, 2)
+        q = F.linear(self.q[0](y)[:, lead:], between).unflatten(2, (HEADS, -1)).transpose(1, 2)
         k, v = (f[0](context)[:, None].expand(-1, HEADS, -1, -1) for f in (self.k, self.v))
         mixed = F.scaled_dot_product_attention(q, k, v, scale=HEAD_DIM**-0.5)
-        return self.out[1](F.linear(mixed.transpose(1, 2).flatten(2), back))
+        mixed = F.linear(mixed.transpose(1, 2).flatten(2), back)
+        return self.out[1](F.pad(mixed, (0, 0, lead, 0)))
 
 
 class ContextGate(Tokens):

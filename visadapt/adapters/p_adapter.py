@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..core.adapter import Adapter
 from ..core.context import Context
+from ..core.inject import Output
 from ..core.kinds import AttnCore, SiteModule, Tokens
 from ..core.progress import Progress
 from ..core.sites import Site
@@ -58,13 +59,13 @@ class LaplacianAttention(AttnCore):
         self.beta = options.beta_cross or not self.cross
 
     def run(
-        self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, output: Callable[[Tensor], Tensor], ctx: Context
+        self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, output: Output, ctx: Context
     ) -> Tensor:
         probs = attention_probs(q, k, bias)
         h = output(probs.to(v.dtype) @ v)
         if self.length is not None:
             probs, v = pool_keys(probs, self.length), pool_keys(v.mT, self.length).mT
-        nodes = output(torch.cat([q, v], 2) if self.cross else v)
+        nodes = output.then(self.inner, torch.cat([q, v], 2) if self.cross else v)
         return h + self.messages(h, nodes, probs).to(h.dtype)
 
     def messages(self, h: Tensor, nodes: Tensor, probs: Tensor) -> Tensor:
@@ -72,13 +73,13 @@ class LaplacianAttention(AttnCore):
 
         Args:
             h: the attention's output (B, q, D).
-            nodes: projected nodes: queries and then values (B, q + k, D) in cross-attention, else values (B, k, D).
+            nodes: W_i P X: queries and then values (B, q + k, width) in cross-attention, else values (B, k, width).
             probs: attention (B, H, q, k); in self-attention the queries are the last q of the k nodes.
         """
         (batch, heads, q, k), dtype = probs.shape, self.up.weight.dtype
         work = torch.promote_types(dtype, torch.float32)  # powers of small distances leave half precision
         with torch.autocast(h.device.type, enabled=False):
-            f = self.inner(nodes.to(dtype)).to(work).unflatten(-1, (heads, -1)).transpose(1, 2).flatten(0, 1)
+            f = nodes.to(work).unflatten(-1, (heads, -1)).transpose(1, 2).flatten(0, 1)
             fq, fv = f.split([q, k], 1) if self.cross else (f[:, -q:], f)
             p, m = self.p.to(work), self.m.to(work)
             sums = LaplacianSums.apply(probs.to(work).flatten(0, 1), fq, fv, p, not self.cross, self.loops)

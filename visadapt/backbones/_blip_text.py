@@ -104,6 +104,9 @@ class AttentionView:
     def output(self, o: Tensor, x: Tensor) -> Tensor:
         return self.module.output(o)
 
+    def linear(self) -> nn.Linear:
+        return self.module.proj
+
 
 class Block(nn.Module):
     """Self-attention, cross-attention and MLP, each with a norm behind its residual sum."""

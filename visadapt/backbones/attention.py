@@ -53,6 +53,12 @@ class TimmAttentionView:
             y = y * m.gate(x).sigmoid()
         return m.proj_drop(m.proj(y))
 
+    def linear(self) -> nn.Linear | None:
+        """What `output` is, behind the heads side by side; None where there is more to it."""
+        m = self.module
+        more = getattr(m, "gate", None) is not None or (m.training and m.proj_drop.p > 0)
+        return None if more or not isinstance(m.norm, nn.Identity) else m.proj
+
 
 def has_attention_view(module: nn.Module) -> bool:
     """Whether the core of an attention is one softmax, as the view says; not so in differential attention."""

@@ -244,6 +244,41 @@ class TokensBefore:
         return (new if self.piece.scale == 1 else torch.lerp(x, new, self.piece.scale), *args[1:])
 
 
+class Output:
+    """The output projection of an attention, as an attention core is given it.
+
+    Args:
+        view: of the attention.
+        x: the attention's input.
+    """
+
+    def __init__(self, view: Any, x: Tensor) -> None:
+        self.view, self.x = view, x
+
+    def __call__(self, o: Tensor) -> Tensor:
+        """(B, heads, N, head_dim) to (B, N, D)."""
+        return self.view.output(o, self.x)
+
+    def then(self, linear: nn.Linear, o: Tensor) -> Tensor:
+        """linear(self(o)), (B, N, K), in the dtype of `linear` also under autocast.
+
+        It is one product with that of both weights where this is less work and nothing lies between them.
+        """
+        inner, dtype = self.view.linear(), linear.weight.dtype
+        bare = type(inner) is nn.Linear and "forward" not in inner.__dict__
+        bare = bare and not (inner._forward_hooks or inner._forward_pre_hooks)
+        few = not torch.compiler.is_compiling() and o.shape[0] * o.shape[2] <= linear.out_features
+        if few or not bare:
+            y, weight, bias = self(o), linear.weight, linear.bias
+        else:
+            y, weight, bias = o.transpose(1, 2).flatten(2), inner.weight.to(dtype), inner.bias
+            with torch.autocast(o.device.type, enabled=False):
+                bias = linear.bias if bias is None else F.linear(bias.to(dtype), linear.weight, linear.bias)
+                weight = linear.weight @ weight
+        with torch.autocast(o.device.type, enabled=False):
+            return F.linear(y.to(dtype), weight, bias)
+
+
 class AttnForward:
     """`attention.forward` with another core between projections and output."""
 
@@ -255,7 +290,7 @@ class AttnForward:
         if not self.piece.on:
             return type(module).forward(module, x, *args, **kwargs)
         q, k, v, bias = self.view.project(x, *args, **kwargs)
-        return self.piece.run(q, k, v, bias, lambda o: self.view.output(o, x), self.ctx)
+        return self.piece.run(q, k, v, bias, Output(self.view, x), self.ctx)
 
 
 def prompt_key(piece: Prompt) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from .context import Context
 from .sites import Site
 from .sparse import Entries
+
+if TYPE_CHECKING:
+    from .inject import Output
 
 
 class SiteModule(nn.Module):
@@ -142,7 +145,7 @@ class AttnCore(SiteModule):
         k: Tensor,
         v: Tensor,
         bias: Tensor | None,
-        output: Callable[[Tensor], Tensor],
+        output: Output,
         ctx: Context,
     ) -> Tensor:
         """The attention's output (B, L, D), before LayerScale and the residual sum.
@@ -153,6 +156,7 @@ class AttnCore(SiteModule):
             v: likewise.
             bias: what is added to the scores, (..., L, S), or None.
             output: (B, heads, N, head_dim) to (B, N, D), the frozen output projection of the attention.
+                `output.then(linear, o)` is linear(output(o)) for less.
             ctx: of the pass.
         """
         return output(self.attend(q, k, v, bias, ctx))

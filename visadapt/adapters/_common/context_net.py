@@ -17,6 +17,9 @@ from ...errors import InputError
 FEW_BANDS = 16
 """Up to here the covariance of 3 x 3 patches of an image costs less than full-width maps at its resolution."""
 
+CACHED = 2**14
+"""Vectors whose moments are taken at once, so that their copies in double precision stay in the cache."""
+
 
 class Perception(Side):
     """Runs a network below once per image (B, C, H, W) and gives "context0" and, with several levels, "context1", ...
@@ -75,13 +78,21 @@ class Unit(nn.Module):
             fan_out = math.prod(conv.kernel_size) * conv.out_channels // conv.groups
             nn.init.normal_(conv.weight, std=math.sqrt(2 / fan_out))
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.norm2(self.pointwise(self.norm1(self.spatial(x))))
+    def forward(self, x: Tensor, rule: Tensor | None = None) -> Tensor:
+        """Of x, or of the map `rule` @ x at every pixel, (in_chans, channels of x) in double precision."""
+        conv = self.spatial
+        if rule is None:
+            y = conv(x)
+        else:
+            y = F.conv2d(x, composed(conv.weight, rule).to(x.dtype), None, conv.stride, conv.padding)
+        y = self.norm2(self.pointwise(self.norm1(y)))
         return x + y if self.skip else y
 
 
 class LinearPyramid(nn.Module):
     """Image (B, C, H, W) to maps of `width` channels at strides 1, 2, 4, ..., 2^depth.
+
+    The first one is given as its means over the places of the last one, which is all that is asked of it.
 
     A 1 x 1 unit lifts the bands to `width` channels, a 3 x 3 unit (`stem`) stays at full resolution, and each stage
     halves it, by a 3 x 3 unit or by 2 x 2 max pooling. With batch statistics or stored ones alike every unit is linear.
@@ -106,33 +117,53 @@ class LinearPyramid(nn.Module):
         self.stages = nn.ModuleList(nn.MaxPool2d(2) if pool else Unit(width, width, 3, stride=2) for _ in range(depth))
 
     def forward(self, image: Tensor) -> list[Tensor]:
-        maps = [self._full_resolution(image)]
-        for stage in self.stages:
+        x, rule = self._full_resolution(image)
+        first, *others = self.stages
+        if rule is not None and isinstance(first, nn.MaxPool2d):
+            x, rule = per_pixel(rule, x), None
+        maps = [first(x) if rule is None else first(x, rule)]
+        for stage in others:
             maps.append(stage(maps[-1]))
-        return maps
+        pooled = F.adaptive_avg_pool2d(x, maps[-1].shape[-2:])
+        return [pooled if rule is None else per_pixel(rule, pooled), *maps]
 
-    def _full_resolution(self, image: Tensor) -> Tensor:
+    def _full_resolution(self, image: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Values x (B, k, H, W) and the rule (width, k) that gives the map at every pixel; None where the map is x."""
         if self.stem is None:
-            return self.lift(image)
+            return self.lift(image), None
         plain = type(self.stem.norm1) is nn.BatchNorm2d  # norms that ask other processes see more than this batch
         if plain and image.shape[1] <= FEW_BANDS:
-            return as_one_convolution(self.lift, self.stem, image)
-        return self.stem(self.lift(image))
+            return as_one_rule(self.lift, self.stem, image)
+        return self.stem(self.lift(image)), None
 
 
-def as_one_convolution(lift: Unit, stem: Unit, image: Tensor) -> Tensor:
+def composed(weight: Tensor, rule: Tensor) -> Tensor:
+    """Weight (o, m, i, j) of the convolution of `rule` @ x, (o, k, i, j), for a rule (m, k) in double precision."""
+    return torch.einsum("omij,mk->okij", weight.double(), rule)
+
+
+def per_pixel(rule: Tensor, x: Tensor) -> Tensor:
+    """`rule` (width, k) @ x at every pixel of x (B, k, H, W)."""
+    return F.conv2d(x, rule[:, :, None, None].to(x.dtype))
+
+
+def as_one_rule(lift: Unit, stem: Unit, image: Tensor) -> tuple[Tensor, Tensor | None]:
     """stem(lift(image)) for a 1 x 1 `lift` without skip and a 3 x 3 `stem` with one, in training and in evaluation.
 
     Both are linear but for the statistics of their batch norms, and those follow from mean and covariance of the
-    image's 3 x 3 patches. So no map of full width and resolution is made, and kept for the backward pass, but the
-    result: four such maps and their norms are the larger part of what the network costs.
+    image's 3 x 3 patches. So the map is a rule of these patches. It is not made itself, nor is its gradient: what comes
+    behind it, a convolution or a mean, takes in the rule. Maps of full resolution are the larger part of what the
+    network costs. Where patches have more channels than the map, the map is the smaller one, and is made.
 
     A further band of ones carries offsets. Outside of the image it is 0, as `stem` pads with zeros what `lift` gives.
+
+    Returns:
+        The patches (B, k, H, W) and the rule (width, k), in double precision; or the map and None.
     """
     x = torch.cat([image, torch.ones_like(image[:, :1])], 1)  # (B, n, H, W)
-    n, count = x.shape[1], image.shape[0] * image[0, 0].numel()
+    n, count, patches = x.shape[1], image.shape[0] * image[0, 0].numel(), patches_of(x)
     learn = any(norm.training for norm in (lift.norm1, lift.norm2, stem.norm1, stem.norm2))
-    moments = patch_moments(x) if learn else None
+    moments = patch_moments(patches) if learn else None
     at_centre = moments and (moments[0].view(n, 9)[:, 4], moments[1].view(n, 9, n, 9)[:, 4, :, 4])
 
     def after(unit: Unit, rule: Tensor, one: int, moments: tuple[Tensor, Tensor] | None) -> Tensor:
@@ -140,22 +171,33 @@ def as_one_convolution(lift: Unit, stem: Unit, image: Tensor) -> Tensor:
         return normalised(unit.norm2, unit.pointwise.weight.flatten(1).double() @ rule, one, moments, count)
 
     scale = torch.diag(lift.spatial.weight.flatten().double())
-    per_pixel = after(lift, F.pad(scale, (0, 1)), n - 1, at_centre)  # (width, n): lift(image) = per_pixel @ x
-    spread = torch.einsum("oikl,in->onkl", stem.spatial.weight.double(), per_pixel).flatten(1)
-    rule = after(stem, spread, 9 * n - 5, moments).view(-1, n, 3, 3)  # the ones at the centre: 9 (n - 1) + 4
-    rule = rule + F.pad(per_pixel[:, :, None, None], (1, 1, 1, 1))
-    return F.conv2d(x, rule.to(x.dtype), padding=1)
+    lifted = after(lift, F.pad(scale, (0, 1)), n - 1, at_centre)  # (width, n): lift(image) = lifted @ x
+    spread = composed(stem.spatial.weight, lifted).flatten(1)
+    rule = after(stem, spread, 9 * n - 5, moments)  # the ones at the centre: 9 (n - 1) + 4
+    rule = rule + F.pad(lifted[..., None], (4, 4)).flatten(1)
+    if patches.shape[1] <= len(rule):
+        return patches, rule
+    return F.conv2d(x, rule.unflatten(1, (n, 3, 3)).to(x.dtype), padding=1), None
 
 
-def patch_moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean (9 n,) and covariance (9 n, 9 n) of the zero-padded 3 x 3 patches of (B, n, H, W), in double precision.
+def patches_of(x: Tensor) -> Tensor:
+    """Zero-padded 3 x 3 patches of (B, n, H, W) as channels (B, 9 n, H, W), which are last in memory."""
+    windows = F.pad(x, (1, 1, 1, 1)).unfold(2, 3, 1).unfold(3, 3, 1)  # (B, n, H, W, 3, 3)
+    return windows.permute(0, 2, 3, 1, 4, 5).flatten(3).permute(0, 3, 1, 2)
+
+
+def patch_moments(patches: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean (k,) and covariance (k, k) of vectors (B, k, H, W), in double precision.
 
     Neighbours are alike: in single precision the variance of their differences would lose the digits that count.
     """
-    patches = F.unfold(x.double(), 3, padding=1)  # (B, 9 n, H W)
-    count = patches.shape[0] * patches.shape[2]
-    mean = patches.sum((0, 2)) / count
-    return mean, (patches @ patches.mT).sum(0) / count - torch.outer(mean, mean)
+    vectors = patches.movedim(1, -1).flatten(0, -2)
+    total, second = 0, 0
+    for part in vectors.split(CACHED):
+        part = part.double()
+        total, second = total + part.sum(0), second + part.mT @ part
+    mean = total / len(vectors)
+    return mean, second / len(vectors) - torch.outer(mean, mean)
 
 
 def normalised(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -82,7 +83,7 @@ class LaplacianSums(torch.autograd.Function):
             d2 = torch.cdist(i, j, compute_mode="donot_use_mm_for_euclid_dist").square_()
             root = (a + EPS).sqrt_()
             shift, slope = _slope(root, d2, i, j)
-            weights = _square(root, slope, shift, j.shape[-1]).log_().mul_(p / 2 - 1).exp_().mul_(a)
+            weights = _square(root, slope, shift, j.shape[-1]).log2_().mul_(p / 2 - 1).exp2_().mul_(a)
             if own and not loops:
                 _diagonal(weights).zero_()
             sums.append(_product(weights, _with_ones(j)))
@@ -110,14 +111,14 @@ def _gradients(
     root = (a + EPS).sqrt_()
     shift, slope = _slope(root, d2, fq, fv)
     s = _square(root, slope, shift, fv.shape[-1])
-    log = s.log()
-    g = (log * (p / 2 - 1)).exp_()
+    log = s.log2()
+    g = (log * (p / 2 - 1)).exp2_()
     if own and not loops:
         _diagonal(g).zero_()
     weights, by_weight = g * a, grad @ ones_v.mT
     by_fv = _product(weights.mT, grad[..., :-1])
     by_log = weights.mul_(by_weight)
-    by_p = torch.dot(by_log.flatten(), log.flatten()) / 2
+    by_p = torch.dot(by_log.flatten(), log.flatten()) * (math.log(2) / 2)
     by_s = by_log.mul_(p / 2 - 1).div_(s)
     if own:
         _diagonal(by_s).zero_()
