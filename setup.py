@@ -40,12 +40,13 @@ EXTRAS = {
     "points": [],
     "peft": ["peft>=0.21"],
     "ray": ["ray[default,tune]"],
+    "search": ["optuna>=5"],
 }
 EXTRAS["demo"] = EXTRAS["weights"]
 EXTRAS["all"] = sorted({package for packages in EXTRAS.values() for package in packages})
 EXTRAS["dev"] = [
     *("pytest", "pytest-xdist", "hypothesis", "ruff", "pre-commit", "psutil"),
-    *(package for extra in ("weights", "peft", "clip", "seg", "geo", "video") for package in EXTRAS[extra]),
+    *(p for extra in ("weights", "peft", "clip", "seg", "geo", "video", "ray", "search") for p in EXTRAS[extra]),
 ]
 
 setup(

@@ -19,7 +19,7 @@ from visadapt.registry import ADAPTERS
 
 ALWAYS = {
     *("lora_step_over_floor", "full_step_over_floor", "merged_over_base", "mixed_over_base", "switch_ms"),
-    "shira_switch_over_lora_fuse",
+    *("shira_switch_over_lora_fuse", "prefix_epoch_speedup"),
     *("cached_epoch_speedup", "runner_over_loop", "machine", "torch", "timm", "visadapt", "step_spread"),
 }
 WITH_PEFT = {"peft_step_over_floor", "lora_peak_over_peft", "peft_mixed_over_base", "peft_switch_ms"}

@@ -382,6 +382,12 @@ def test_digits_split_is_fixed_and_disjoint():
     with pytest.raises(InputError, match="no split 'val'"):
         Digits("val")
 
+    few, val, both = (Digits(split) for split in ("train800", "val200", "train800val200"))
+    assert (len(few), len(val), len(both)) == (800, 200, 1000)
+    assert set(few.paths) | set(val.paths) == set(both.paths) and not set(both.paths) & set(test.paths)
+    assert hashlib.sha256("".join(few.paths + val.paths).encode()).hexdigest()[:12] == "cd6567a48ed3"
+    assert min(np.bincount(few.labels)) >= 76 and min(np.bincount(val.labels)) >= 19
+
 
 def test_feature_dataset():
     features = torch.randn(3, 5)

@@ -261,15 +261,21 @@ def test_merge_writes_a_plain_backbone(run, tmp_path, capsys):
         torch.testing.assert_close(plain(x).native, adapted(x).native, atol=1e-5, rtol=1e-5)
 
 
-def test_cached_features_train_the_same_head(tmp_path, config):
-    """A probe on cached features ends with the same head as one that runs the backbone in every step."""
-    text = config.read_text().replace("from visadapt.adapters.lora import LoRA\n", "")
-    start, end = text.index("    adapters=dict("), text.index("    head=dict(")
-    path = tmp_path / "probe.py"
-    path.write_text(text[:start] + text[end:] + "\ncache_features = False\n")
+@pytest.mark.parametrize("late", [False, True], ids=["probe", "last block"])
+def test_cached_features_train_the_same(tmp_path, config, late):
+    """A head, and LoRA in the last block, end with the weights that they have with the backbone in every step."""
+    text = config.read_text()
+    if late:
+        text = text.replace("dropout=0.1", "dropout=0.1, layers=[-1]")
+    else:
+        start, end = text.index("    adapters=dict("), text.index("    head=dict(")
+        text = (text[:start] + text[end:]).replace("from visadapt.adapters.lora import LoRA\n", "")
+    path = tmp_path / "cached.py"
+    path.write_text(text + "\ncache_features = False\n")
     for flag in ("False", "True"):
         assert main(["train", str(path), f"cache_features={flag}", "--work-dir", str(tmp_path / flag)]) == 0
     plain, cached = trained(tmp_path / "False"), trained(tmp_path / "True")
+    assert len([*(tmp_path / "True" / "features").iterdir()]) == 2 and plain.keys() == cached.keys()
     for key in plain:
         torch.testing.assert_close(plain[key], cached[key], atol=1e-4, rtol=1e-4)
 

@@ -371,10 +371,10 @@ def test_cached_features_are_those_of_the_task_in_the_order_of_the_data_set():
     assert_close(found.features, task.eval().encode(images).detach())
 
 
-def test_loaders_draw_the_same_samples_from_the_cache():
+def test_loaders_draw_the_same_samples_from_the_cache(tmp_path):
     loops = [SimpleNamespace(dataloader=loader()), SimpleNamespace(dataloader=loader(shuffle=False, round_up=False))]
     before = [[draw.index for draw in loop.dataloader.sampler] for loop in loops]
-    runner = SimpleNamespace(model=classifier(rank=None), train_loop=loops[0], val_loop=loops[1])
+    runner = SimpleNamespace(model=classifier(rank=None), train_loop=loops[0], val_loop=loops[1], work_dir=tmp_path)
     CacheFeatures().before_train(runner)
     for loop, order in zip(loops, before):
         assert [draw.index for draw in loop.dataloader.sampler] == order

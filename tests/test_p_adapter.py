@@ -99,7 +99,7 @@ def test_near_nodes_far_from_zero_keep_their_distance():
 def test_blocks_change_nothing(monkeypatch, loops):
     values = given(own=True)
     whole = gradients(LaplacianSums.apply, *values, 1.5, True, loops)
-    monkeypatch.setitem(laplacian.BLOCK, "cpu", 4 * 5 * 7)  # 6 rows as 4 and 2
+    monkeypatch.setitem(laplacian.BLOCK, "cpu", 4 * 5 * 7)  # 6 rows as 4 and 2, with the one thread of tests
     parts = gradients(LaplacianSums.apply, *values, 1.5, True, loops)
     for one, other in zip((parts[0], *parts[1]), (whole[0], *whole[1]), strict=True):
         assert_close(one, other)

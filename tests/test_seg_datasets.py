@@ -100,9 +100,11 @@ def test_dubai_layout(tmp_path):
     train, test = DubaiAerial(root=tmp_path), DubaiAerial("test", root=tmp_path)
     assert [Path(p).parts[-3] for p in train.paths] == [f"Tile {n}" for n in range(1, 6)]
     assert [Path(p).parts[-3] for p in test.paths] == ["Tile 6"]
+    few, val = DubaiAerial("train4", root=tmp_path), DubaiAerial("val", root=tmp_path)
+    assert few.paths + val.paths == train.paths and [Path(p).parts[-3] for p in val.paths] == ["Tile 5"]
     assert test[0]["mask"].tolist() == [[0, 1, 2, 3, 4, 255, 255]]
-    with pytest.raises(InputError, match="DubaiAerial has no split 'val'"):
-        DubaiAerial("val", root=tmp_path)
+    with pytest.raises(InputError, match=r"DubaiAerial has no split 'trainval'.*'train'"):
+        DubaiAerial("trainval", root=tmp_path)
 
 
 @pytest.mark.parametrize(("hand", "labels"), [("", "Labels"), ("Hand", "LabelHand")])

@@ -36,7 +36,13 @@ class AdaptRunner(Runner):
     def build_train_loop(self, loop: Any) -> Any:
         with refusals("train_dataloader, train_cfg"):
             built = super().build_train_loop(loop)
-        check_data(unwrap(self.model), built.dataloader.dataset, "train_dataloader")
+        loader = built.dataloader
+        if not len(loader):
+            raise InputError(
+                f"train_dataloader: {len(loader.dataset)} samples fill no batch of {loader.batch_size}; lower "
+                "batch_size, or leave out drop_last"
+            )
+        check_data(unwrap(self.model), loader.dataset, "train_dataloader")
         return built
 
     def build_val_loop(self, loop: Any) -> Any:

@@ -58,9 +58,7 @@ class LaplacianAttention(AttnCore):
         self.length = options.sample_len if self.cross else None
         self.beta = options.beta_cross or not self.cross
 
-    def run(
-        self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, output: Output, ctx: Context
-    ) -> Tensor:
+    def run(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, output: Output, ctx: Context) -> Tensor:
         probs = attention_probs(q, k, bias)
         h = output(probs.to(v.dtype) @ v)
         if self.length is not None:

@@ -52,7 +52,7 @@ class LinearAdapter(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         z = F.dropout(self.down(x), self.dropout, self.training)
-        return x + F.linear(z * self.scaling, self.up.weight, self.up.bias * self.scaling)  # s where channels are few
+        return torch.add(x, self.up(z), alpha=self.scaling)
 
     def constant(self) -> Tensor:
         """What it makes of zero, (D,)."""

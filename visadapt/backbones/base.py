@@ -96,6 +96,14 @@ class Backbone(nn.Module):
         """View of one attention: .module, .project(x) -> q, k, v, bias and .output(o, x)."""
         raise InputError(f"{type(self).__name__} offers no attention views")
 
+    def blocks(self) -> list[nn.Module]:
+        """All blocks in the order in which they run, where each one but the first takes what the one before gives.
+
+        Raises:
+            InputError: the network is not made that way.
+        """
+        raise InputError(f"{type(self).__name__} has no single chain of blocks")
+
     def arguments(self) -> dict:
         """Constructor arguments that rebuild this backbone, as JSON values."""
         return arguments_of(self)

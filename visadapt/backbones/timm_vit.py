@@ -128,6 +128,9 @@ class TimmViT(TimmModel):
                 yield Site(f"{path}.norm{n}", f"norm{n}", i, d, d)
         yield Site(path, "block", i, d, d)
 
+    def blocks(self) -> list[nn.Module]:
+        return list(self.body.blocks)
+
     def attention(self, path: str) -> TimmAttentionView:
         return timm_attention_view(self.body.get_submodule(path), path)
 

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import cv2
 import torch
 from mmengine.config import Config
 
 from .. import __version__, config, engine
 from ..checkpoint import unwrap
+from ..datasets.inspect import inspect
 from ..errors import InputError
-from ..registry import ADAPTERS
+from ..hooks.cache import CacheFeatures
+from ..registry import ADAPTERS, DATASETS
 from ..run_folder import RunFolder
 from .cost import step_cost
 from .recipes import HEAD_LR, Recipe, adapter_config, recipe
@@ -36,7 +41,7 @@ class Cell:
         task: what is learnt.
         method: name of a recipe.
         seed: of everything that is drawn.
-        hyperparameters: values of HYPERPARAMETERS that differ from the recipe's.
+        hyperparameters: values of HYPERPARAMETERS that were chosen; a search gives all of them.
         select: train on "train" and measure on "val", to choose hyperparameters; else on "trainval" and "test".
     """
 
@@ -46,6 +51,11 @@ class Cell:
     seed: int
     hyperparameters: Mapping[str, float] = field(default_factory=dict)
     select: bool = False
+
+    @property
+    def protocol(self) -> Protocol:
+        """That of the suite, with the task's own values."""
+        return self.suite.protocol_of(self.task)
 
     @property
     def config(self) -> Config:
@@ -59,13 +69,15 @@ class Cell:
 
     @property
     def name(self) -> str:
-        return f"{self.method} {self.task.name} seed {self.seed}"
+        chosen = "".join(f", {key} {value:g}" for key, value in self.hyperparameters.items())
+        return f"{'trial of ' * self.select}{self.method} {self.task.name} seed {self.seed}{chosen}"
 
     @property
     def config_file(self) -> Path:
         """Where the config of a finished cell is kept, below the folder of results."""
         method = re.sub(r"\W+", "-", self.method.replace("+", "-plus").lower())
-        return Path("configs") / self.suite.name / f"{method}_{self.task.name}.py"
+        chosen = "".join(f"_{key}-{value:g}" for key, value in sorted(self.hyperparameters.items()))
+        return Path("configs") / self.suite.name / f"{method}_{self.task.name}{chosen}.py"
 
 
 def cell_config(cell: Cell) -> dict[str, Any]:
@@ -74,13 +86,15 @@ def cell_config(cell: Cell) -> dict[str, Any]:
     Raises:
         InputError: the method has no such hyperparameter.
     """
-    found, protocol, task = recipe(cell.method), cell.suite.protocol, cell.task
+    found, protocol, task = recipe(cell.method), cell.protocol, cell.task
     train, test = ("train", "val") if cell.select else ("trainval", "test")
     cls = ADAPTERS.get(found.adapter)
+    frozen = "layers" in found.arguments or not (cls.kinds or cls.trains_base)  # in front, or all of it
+    changing = task.pixels or protocol.seen != "whole" or not frozen
     return {
-        "model": _model(cell, found),
-        "train_dataloader": _loader(task, train, protocol, training=True),
-        "val_dataloader": _loader(task, test, protocol, training=False),
+        "model": _model(cell, found, train),
+        "train_dataloader": _loader(cell, train, training=True),
+        "val_dataloader": _loader(cell, test, training=False),
         "val_evaluator": {"type": "SegmentationMetric" if task.pixels else "ClassificationMetric"},
         "train_cfg": {"by_epoch": True, "max_epochs": protocol.epochs, "val_interval": protocol.epochs},
         "val_cfg": {},
@@ -94,12 +108,12 @@ def cell_config(cell: Cell) -> dict[str, Any]:
         "default_hooks": {"checkpoint": None, "logger": {"type": "LoggerHook", "interval": 10}},
         "custom_hooks": [{"type": "visadapt.hooks.files.AdapterFiles", "monitor": "miou" if task.pixels else "top1"}],
         "randomness": {"seed": cell.seed},
-        **({} if task.pixels or cls.kinds or cls.trains_base else {"cache_features": True}),
+        **({} if changing else {"cache_features": True}),
     }
 
 
-def _model(cell: Cell, found: Recipe) -> dict[str, Any]:
-    task, protocol = cell.task, cell.suite.protocol
+def _model(cell: Cell, found: Recipe, train: str) -> dict[str, Any]:
+    task, protocol = cell.task, cell.protocol
     adapter = adapter_config(found)
     if "scale" in cell.hyperparameters:
         if found.scale_argument is None:
@@ -107,7 +121,7 @@ def _model(cell: Cell, found: Recipe) -> dict[str, Any]:
         adapter[found.scale_argument] = cell.hyperparameters["scale"]
     backbone: dict[str, Any] = {"type": "TimmViT", "name": protocol.model, "weights": protocol.weights}
     if task.channels != 3:
-        backbone |= {"in_chans": task.channels, "bands": "mean"}
+        backbone |= {"in_chans": task.channels, "bands": "mean", **statistics(json.dumps(task.data[train]))}
     if task.pixels:
         backbone["out_indices"] = [-10, -7, -4, -1]
     return {
@@ -119,14 +133,22 @@ def _model(cell: Cell, found: Recipe) -> dict[str, Any]:
     }
 
 
-def _loader(task: BenchTask, split: str, protocol: Protocol, training: bool) -> dict[str, Any]:
-    """Images at the size of the protocol, without augmentation; windows of images with masks are seen as they are."""
+@cache
+def statistics(data: str) -> dict[str, list[float]]:
+    """ "mean" and "std" of each band over all images of a data set, whose config is given as JSON; to six digits."""
+    bands = inspect(DATASETS.build(json.loads(data))).bands.rows(None)
+    return {key: [band[key] for band in bands] for key in ("mean", "std")}
+
+
+def _loader(cell: Cell, split: str, training: bool) -> dict[str, Any]:
+    task, protocol = cell.task, cell.protocol
     dataset = dict(task.data[split], training=training)
+    if task.seeded is not None:
+        dataset[task.seeded] = cell.seed
     if task.pixels:
-        dataset["tile"] = task.tile
+        dataset |= _windows(task.tile, protocol.size, training)
     else:
-        resize = "BicubicResize" if task.channels == 3 else "Resize"
-        dataset["transform"] = [{"type": resize, "height": protocol.size, "width": protocol.size}]
+        dataset["transform"] = _views(protocol, training)
     return {
         "batch_size": protocol.batch if training else protocol.test_batch,
         "num_workers": 0,
@@ -135,6 +157,33 @@ def _loader(task: BenchTask, split: str, protocol: Protocol, training: bool) -> 
         "sampler": {"type": "visadapt.datasets.sampler.EpochSampler", "shuffle": training, "round_up": training},
         "collate_fn": {"type": f"visadapt.datasets.{'masks.collate_masks' if task.pixels else 'base.collate'}"},
     }
+
+
+def _windows(tile: int, size: int, training: bool) -> dict[str, Any]:
+    """Windows of images with masks, without augmentation; figures are those of the masks as they are."""
+    if tile == size:
+        return {"tile": tile}
+    resize = {"type": "Resize", "height": size, "width": size}
+    return {"tile": tile, "transform": [resize], **({} if training else {"native_masks": True})}
+
+
+AREA = {"area_for_downscale": "image"}
+"""Shrinking by means over areas, which is nearer to Pillow's smoothing than four points are: by 1 grey level of 255 on
+a photograph of twice the size, where OpenCV's bilinear is off by 2."""
+
+
+def _views(protocol: Protocol, training: bool) -> list[dict[str, Any]]:
+    """Transforms of images with labels, see `visadapt.benchmark.suites.Seen`."""
+    size, seen = protocol.size, protocol.seen
+    square, flip = {"height": size, "width": size}, {"type": "HorizontalFlip", "p": 0.5}
+    if seen == "whole":
+        return [{"type": "BicubicResize", **square}]
+    if seen == "zoomed" and training:
+        part = {"type": "RandomResizedCrop", "size": [size, size], "scale": [0.08, 1.0]}
+        return [{**part, "interpolation": cv2.INTER_CUBIC, **AREA}, flip]
+    side, kind = (round(size * 8 / 7), cv2.INTER_LINEAR) if seen == "cropped" else (size, cv2.INTER_CUBIC)
+    shrink = {"type": "SmallestMaxSize", "max_size": side, "interpolation": kind, **AREA}
+    return [shrink, *([{"type": "RandomCrop", **square}, flip] if training else [{"type": "CenterCrop", **square}])]
 
 
 def _optimizer(cell: Cell, found: Recipe) -> dict[str, Any]:
@@ -160,11 +209,13 @@ def run_cell(cell: Cell, folder: Path, threads: int) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     config.dump(cell.config, folder / "config.py")
     cfg = config.load(folder / "config.py")
-    time_ratio, memory_ratio = step_cost(cfg)
+    time_ratio, memory_ratio = step_cost(cfg, cell.protocol.size)
     cfg.work_dir = str(folder)
     written = RunFolder(Config(cfg.to_dict()), overwrite=True)
     runner = engine.build_runner(cfg)
     runner.register_hook(written)
+    for kept in (hook for hook in runner.hooks if isinstance(hook, CacheFeatures)):
+        kept.folder = folder.parent / "features"  # of all cells of the sweep
     runner.train()
     hook = next(h for h in runner.hooks if type(h).__name__ == "AdapterFiles")
     task = unwrap(runner.model)
@@ -189,9 +240,8 @@ def run_cell(cell: Cell, folder: Path, threads: int) -> dict[str, Any]:
 
 def described(cell: Cell) -> dict[str, Any]:
     """What a reader wants to know of the training without opening the config."""
-    protocol, optimizer = cell.suite.protocol, cell.config.optim_wrapper.optimizer
-    size = cell.task.tile if cell.task.pixels else protocol.size
+    protocol, optimizer = cell.protocol, cell.config.optim_wrapper.optimizer
     return {
-        **{"size": size, "epochs": protocol.epochs, "batch": protocol.batch},
+        **{"size": protocol.size, "epochs": protocol.epochs, "batch": protocol.batch},
         **{key: optimizer[key] for key in ("lr", "weight_decay")},
     }

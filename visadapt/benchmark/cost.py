@@ -20,18 +20,21 @@ from .timing import interleaved, ratio
 ROUNDS = 5
 
 
-def step_cost(cfg: Config) -> tuple[float, float]:
+def step_cost(cfg: Config, size: int) -> tuple[float, float]:
     """Step time and peak memory of a config's model over those of the bare backbone, on random images.
 
     The bare backbone's step is its forward pass and the backward pass of its input. Weights are random, as values do
     not matter. Peaks are above what is held between steps.
+
+    Args:
+        cfg: of a training run.
+        size: side of the images in pixels.
 
     Returns:
         Two ratios; the second is None where this system does not tell peaks.
     """
     backbone = dict(cfg.model.backbone, weights=None)
     task, floor = TASKS.build(dict(cfg.model, backbone=backbone)).train(), Adapted(BACKBONES.build(backbone))
-    size = _size(cfg)
     batch = cfg.train_dataloader.batch_size
     images = torch.randn(batch, task.adapted.backbone.in_chans, size, size)
     objective = partial(_loss, pixels="Segmenter" in str(cfg.model.type))
@@ -43,12 +46,6 @@ def step_cost(cfg: Config) -> tuple[float, float]:
     times = interleaved(steps, ROUNDS)
     peaks = {name: _peak(step) for name, step in steps.items()}
     return ratio(times, "ours", "floor"), peaks["ours"] / peaks["floor"]
-
-
-def _size(cfg: Config) -> int:
-    """Side of the images that the config trains on."""
-    dataset = cfg.train_dataloader.dataset
-    return dataset.get("tile") or dataset.transform[-1].height
 
 
 def _loss(task: Any, images: Tensor, pixels: bool) -> Tensor:

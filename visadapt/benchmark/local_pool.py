@@ -13,6 +13,7 @@ import traceback
 from contextlib import redirect_stdout, suppress
 from multiprocessing.connection import wait
 from pathlib import Path
+from typing import Any
 
 from ..errors import InputError
 from ..files import atomic
@@ -65,16 +66,36 @@ def work(cell: Cell, folder: Path, threads: int, parent: int) -> None:
     """The whole life of a worker process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the sweep, which stops its workers
     threading.Thread(target=_die_with, args=(parent,), daemon=True).start()
+    line = attempt(cell, folder, threads)
+    with atomic(folder / LINE) as temporary:
+        temporary.write_text(json.dumps(line))
+
+
+def attempt(cell: Cell, folder: Path, threads: int) -> dict[str, Any]:
+    """Run a cell in this process, which is for it alone: what it prints from now on goes into the cell's folder.
+
+    Returns:
+        the result, or {"error": why there is none}.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
     with open(folder / SAID, "w", buffering=1) as log, redirect_stdout(log):
         os.dup2(log.fileno(), sys.stderr.fileno())
         try:
-            line = run_cell(cell, folder, threads)
+            return run_cell(cell, folder, threads)
         except Exception as error:
             traceback.print_exc()
-            kind = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
-            line = {"error": f"{kind}{' '.join(str(error).split()) or 'no message'}"}
-    with atomic(folder / LINE) as temporary:
-        temporary.write_text(json.dumps(line))
+            return {"error": reason(error)}
+
+
+def reason(error: BaseException) -> str:
+    """An exception in one line, with its class unless it is written for people."""
+    kind = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
+    return f"{kind}{' '.join(str(error).split()) or 'no message'}"
+
+
+def told(line: dict[str, Any], folder: Path) -> Outcome:
+    """How a cell ended, by what `attempt` gave."""
+    return Outcome(error=f"{line['error']} (see {folder / SAID})") if "error" in line else Outcome(line)
 
 
 def _die_with(parent: int) -> None:
@@ -87,7 +108,6 @@ def _die_with(parent: int) -> None:
 def outcome(folder: Path, code: int | None) -> Outcome:
     """What a worker that has ended left."""
     with suppress(OSError, ValueError):
-        line = json.loads((folder / LINE).read_text())
-        return Outcome(error=f"{line['error']} (see {folder / SAID})") if "error" in line else Outcome(line)
+        return told(json.loads((folder / LINE).read_text()), folder)
     how = f"by {signal.Signals(-code).name}" if code and code < 0 else f"with exit code {code}"
     return Outcome(error=f"its worker ended {how} (see {folder / SAID})", killed=True)

@@ -99,6 +99,11 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
 }
 """Methods that are optimizers for an adapter that has a name of its own."""
 
+PARTS: dict[str, dict[str, Any]] = {
+    "Partial-1": dict(adapter="FullFineTune", arguments=dict(layers=[-1]), lr=1e-4),
+}
+"""Methods that are an adapter in late blocks alone; what the frozen blocks before these give is computed once."""
+
 ELSEWHERE = {
     "PEFT": "it is one adapter for many tuners",
     "Poly": "it shares skills between tasks",
@@ -110,7 +115,7 @@ ELSEWHERE = {
 
 def methods() -> list[str]:
     """Names of all methods that can be compared on single images."""
-    return sorted({*ADAPTERS.names(), *OPTIMIZERS} - set(ELSEWHERE), key=str.lower)
+    return sorted({*ADAPTERS.names(), *OPTIMIZERS, *PARTS} - set(ELSEWHERE), key=str.lower)
 
 
 def recipe(method: str) -> Recipe:
@@ -123,7 +128,8 @@ def recipe(method: str) -> Recipe:
         raise InputError(f"the benchmark has no '{method}': {ELSEWHERE[method]}")
     if method not in methods():
         raise InputError(f"unknown method '{method}'{hint(method, methods())}")
-    return Recipe(**{"adapter": method, **CHANGED.get(method, {}), **OPTIMIZERS.get(method, {})})
+    named = {**CHANGED, **OPTIMIZERS, **PARTS}
+    return Recipe(**{"adapter": method, **named.get(method, {})})
 
 
 def adapter_config(recipe: Recipe) -> dict[str, Any]:

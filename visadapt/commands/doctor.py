@@ -18,8 +18,8 @@ from ._output import print_json, print_table
 
 REQUIRED = (
     *("torch>=2.9", "torchvision>=0.24", "timm>=1.0.26", "onedl-mmengine>=0.10.12", "albumentations==2.0.8"),
-    *("opencv-python", "safetensors", "einops", "torchmetrics", "scikit-learn", "scipy", "numpy>=2", "matplotlib"),
-    *("pillow", "tqdm", "tensorboard", "packaging"),
+    *("opencv-python", "safetensors", "einops", "jinja2", "torchmetrics", "scikit-learn", "scipy", "numpy>=2"),
+    *("matplotlib", "pillow", "tqdm", "tensorboard", "packaging"),
 )
 """What visadapt cannot do without."""
 
@@ -32,6 +32,7 @@ EXTRAS = {
     "video": (("av",), "reading videos"),
     "peft": (("peft",), "the adapter PEFT: tuners of Hugging Face PEFT"),
     "ray": (("ray",), "sweeps and serving on several machines"),
+    "search": (("optuna",), "hyperparameters chosen per task"),
 }
 
 RIVALS = {"mmengine": "onedl-mmengine", "mmcv": "onedl-mmcv", "mmcv-lite": "onedl-mmcv"}

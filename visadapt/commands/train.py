@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import gc
 import sys
 from pathlib import Path
 
@@ -26,6 +27,7 @@ def run(args: argparse.Namespace) -> int:
     if resume is not None and "=" in resume and not Path(resume).exists():  # the option takes in the word behind it
         overrides, resume = [resume, *overrides], "auto"
     train(config.load(args.config, overrides), args.work_dir, resume=resume, overwrite=args.overwrite)
+    gc.collect()  # the network holds the process group, whose threads would abort the process if they outlived it
     return 0
 
 

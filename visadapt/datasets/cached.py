@@ -16,17 +16,22 @@ from .base import Draw
 
 @DATASETS.register_module()
 class FeatureDataset(Dataset):
-    """Samples with "features" (D,) in place of "inputs".
+    """Samples with "features" in place of "inputs".
 
     Args:
-        features: (N, D), any float type.
+        features: (N, D) pooled vectors, or (N, L, D) tokens that enter a block of the backbone; any float type.
         labels: (N,) class indices.
         paths: N image paths, for reports.
         classes: class names in order; None takes the numbers up to the highest label.
 
+    Attributes:
+        size: height and width of the images that they were made from, None where that is not known.
+
     Raises:
         InputError: the lengths differ, or a label is no class.
     """
+
+    size: tuple[int, int] | None = None
 
     def __init__(
         self,
@@ -36,10 +41,10 @@ class FeatureDataset(Dataset):
         classes: Sequence[str] | None = None,
     ):
         labels = torch.as_tensor(labels)
-        if features.ndim != 2 or not 0 < len(features) == len(labels) == len(paths):
+        if features.ndim not in (2, 3) or not 0 < len(features) == len(labels) == len(paths):
             raise InputError(
                 f"FeatureDataset: features {tuple(features.shape)}, {len(labels)} labels and {len(paths)} paths do not "
-                "belong together; give (N, D), N and N"
+                "belong together; give (N, D) or (N, L, D), N and N"
             )
         classes = [str(i) for i in range(int(labels.max()) + 1)] if classes is None else classes
         wrong = labels[(labels < 0) | (labels >= len(classes))]

@@ -10,17 +10,18 @@ from ..errors import InputError, hint
 from ..registry import DATASETS
 from .base import ClassificationDataset
 
-SPLITS = ("train", "test")
+SPLITS = ("train", "test", "train800", "val200", "train800val200")
 
 
 @DATASETS.register_module()
 class Digits(ClassificationDataset):
-    """500 training and 500 test images (8, 8, 3) uint8 of the ten digits, stratified.
+    """Images (8, 8, 3) uint8 of the ten digits, in fixed and stratified splits; `seed` changes the augmentation only.
 
-    The split is fixed; `seed` changes the augmentation only.
+    500 images are for testing, and as many others for training. A split as that of VTAB-1k has 800 images for training
+    and 200 to choose settings by, drawn from all that are not for testing.
 
     Args:
-        split: train or test.
+        split: train, test, train800, val200 or train800val200.
         transform: see ClassificationDataset; it also brings the images to the backbone's size.
         seed: of the augmentation.
         training: True for the data that are trained on.
@@ -39,10 +40,7 @@ class Digits(ClassificationDataset):
         if split not in SPLITS:
             raise InputError(f"Digits has no split '{split}'{hint(split, SPLITS)}")
         scans = load_digits()
-        parts = train_test_split(
-            np.arange(len(scans.target)), train_size=500, test_size=500, stratify=scans.target, random_state=0
-        )
-        chosen = np.sort(parts[SPLITS.index(split)])
+        chosen = _splits(scans.target)[split]
         grey = (scans.images[chosen] * (255 / 16)).round().astype(np.uint8)  # scans hold 0 to 16
         self._images = np.repeat(grey[..., None], 3, axis=3)
         paths = [f"digits/{i:04d}" for i in chosen]
@@ -54,3 +52,16 @@ class Digits(ClassificationDataset):
 
     def load(self, index: int) -> np.ndarray:
         return self._images[index]
+
+
+def _splits(labels: np.ndarray) -> dict[str, np.ndarray]:
+    """Sorted indices of the scans of each split."""
+
+    def draw(scans: np.ndarray, first: int, second: int) -> list[np.ndarray]:
+        return train_test_split(scans, train_size=first, test_size=second, stratify=labels[scans], random_state=0)
+
+    scans = np.arange(len(labels))
+    train, test = draw(scans, 500, 500)
+    train800, val200 = draw(np.setdiff1d(scans, test), 800, 200)
+    parts = (train, test, train800, val200, np.concatenate([train800, val200]))
+    return {name: np.sort(part) for name, part in zip(SPLITS, parts, strict=True)}

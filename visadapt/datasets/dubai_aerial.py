@@ -9,7 +9,8 @@ from ..registry import DATASETS
 from .base import data_root
 from .masks import SegmentationDataset, find_pairs
 
-SPLITS = {"train": (1, 2, 3, 4, 5), "test": (6,)}
+SPLITS = {"train": (1, 2, 3, 4, 5), "train4": (1, 2, 3, 4), "val": (5,), "test": (6,)}
+"""Tiles of each."""
 UNLABELED = ("#9b9b9b", "#000000")
 
 
@@ -17,10 +18,11 @@ UNLABELED = ("#9b9b9b", "#000000")
 class DubaiAerial(SegmentationDataset):
     """Five classes in `<root>/Tile <n>/images/*.jpg` and `<root>/Tile <n>/masks/*.png`, about 1000 pixels a side.
 
-    Tiles 1 to 5 are for training, tile 6, another place, for testing. Unlabelled and black pixels are ignored.
+    Tiles 1 to 5 are for training, tile 6, another place, for testing. To choose settings without it, train on tiles 1
+    to 4 and validate on tile 5. Unlabelled and black pixels are ignored.
 
     Args:
-        split: train or test.
+        split: train (tiles 1 to 5), train4 (1 to 4), val (5) or test (6).
         root: folder of the data set, see `data_root`.
         transform: see SegmentationDataset, as are the arguments below.
         strict: raise at the first unreadable image or mask.

@@ -14,7 +14,7 @@ EPS = 1e-8
 """e of the weights: added to the attention and to every component of the scaled differences."""
 
 BLOCK = {"cpu": 2**17}
-"""Entries of the attention that are worked on at once, by kind of device: what stays in a core's cache."""
+"""Entries of the attention that a thread works on at once, by kind of device: what stays in a core's cache."""
 
 BLOCK_ELSEWHERE = 2**26
 """The same on other devices, where it bounds the memory."""
@@ -24,7 +24,8 @@ def _step(probs: Tensor) -> int | None:
     """Rows of A (N, q, k) per block; None for all of them, where N is a symbol."""
     if torch.compiler.is_compiling():
         return None
-    block = BLOCK.get(probs.device.type, BLOCK_ELSEWHERE)
+    kind = probs.device.type
+    block = BLOCK[kind] * torch.get_num_threads() if kind in BLOCK else BLOCK_ELSEWHERE
     return max(1, block // max(1, probs.shape[1] * probs.shape[2]))
 
 
