@@ -51,8 +51,8 @@ class LinearAdapter(nn.Module):
         return self.training and self.dropout > 0
 
     def forward(self, x: Tensor) -> Tensor:
-        z = F.dropout(self.down(x), self.dropout, self.training)
-        return torch.add(x, self.up(z), alpha=self.scaling)
+        z = F.dropout(self.down(x), self.dropout, self.training) * self.scaling  # s where channels are few
+        return F.linear(z, self.up.weight, self.up.bias * self.scaling).add_(x)
 
     def constant(self) -> Tensor:
         """What it makes of zero, (D,)."""
