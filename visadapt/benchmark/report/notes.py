@@ -79,7 +79,9 @@ def _progress(table: Table) -> str:
     )
     runs = sum(len(score.runs) for score in table.scores)
     state = "all" if whole == len(table.rows) else f"{whole} of {len(table.rows)}"
-    return f"{SUITES[table.suite]}: {counted(runs, 'run')}; {state} methods have every task and seed."
+    most = counted(max(seeds.values()), "seed")
+    held = f"{counted(runs, 'run')}, up to {most} a task"
+    return f"{SUITES[table.suite]}: {held}; {state} methods have every task and seed."
 
 
 def protocol(table: Table) -> str:

@@ -85,7 +85,7 @@ def _axes(axes: Axes, points: Sequence[Point], across: str, upwards: str, size_a
         room = 0.06 * (np.ptp(xs) or 1.0)
         axes.set_xlim(xs.min() - room, xs.max() + 2 * room)
     room = 0.05 * (np.ptp(ys) or 1.0)
-    axes.set_ylim(ys.min() - room, ys.max() + 1.6 * room)
+    axes.set_ylim(ys.min() - 2 * room, ys.max() + 1.6 * room)
     axes.grid(color=LINE, linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[:].set_visible(False)
