@@ -12,11 +12,12 @@ from dataclasses import replace
 
 import psutil
 import pytest
+from PIL import Image
 
 from visadapt import __version__, config
-from visadapt.benchmark.cells import Cell
+from visadapt.benchmark.cells import Cell, run_cell
 from visadapt.benchmark.local_pool import LocalPool
-from visadapt.benchmark.suites import BenchTask, Protocol, Suite
+from visadapt.benchmark.suites import BenchTask, Protocol, Suite, suite
 from visadapt.benchmark.sweep import Outcome, Store, sweep
 from visadapt.benchmark.watch import Watch, spoken
 from visadapt.errors import InputError
@@ -114,6 +115,50 @@ def test_the_config_of_a_finished_cell_is_kept_and_says_what_ran(run):
     assert loaded.model.adapters.main.targets == ["all-linear"]
 
 
+def test_configs_of_another_protocol_stand_beside_the_usual_ones():
+    offline = suite("offline")
+    cell = Cell(offline, offline.tasks["eurosat"], "LoRA", 0)
+    assert cell.config_file.name == "lora_eurosat.py"
+    quick = replace(cell, suite=offline.under(epochs=1))
+    assert quick.config_file.name == "lora_eurosat_vit_small_patch14_dinov2_56px_1e_b32.py"
+    assert (
+        replace(cell, method="LoRA+", hyperparameters={"lr": 0.002}).config_file.name == "lora-plus_eurosat_lr-0.002.py"
+    )
+
+
+def test_a_cell_that_is_named_twice_runs_once(run):
+    pool = Scripted(workers=2)
+    run(cells("LoRA", "LoRA", seeds=(0, 0)), pool)
+    assert pool.begun == [("LoRA", 0)] and len(stored(run)) == 1
+
+
+def test_a_full_disk_leaves_the_lines_that_were_there(run, tmp_path):
+    """And nothing of the one that found no room, which would stop every later sweep."""
+    store, (cell,) = Store(run.path), cells("LoRA")
+    store.append(result(cell))
+    before = run.path.read_bytes()
+    code = "import resource, sys; from pathlib import Path; from visadapt.benchmark.sweep import Store\n"
+    code += f"resource.setrlimit(resource.RLIMIT_FSIZE, ({len(before) + 100},) * 2)\n"
+    code += "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+    code += f"Store(Path({str(run.path)!r})).append({{'text': 'x' * 500}})"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 1
+    assert run.path.read_bytes() == before
+
+
+def test_bytes_that_are_no_text_are_told(run):
+    run.path.parent.mkdir()
+    run.path.write_bytes(b"\xff\xfe\n")
+    with pytest.raises(InputError, match=r"tiny\.jsonl:1: no JSON object"):
+        run(cells("LoRA"), Scripted())
+
+
+def test_results_of_another_version_are_told(run, capsys):
+    (cell,) = cells("LoRA")
+    Store(run.path).append(result(cell, version="0.0.9"))
+    run([cell], Scripted())
+    assert f"1 result of other versions in {run.path} left alone" in capsys.readouterr().out
+
+
 def test_one_sweep_at_a_time(run):
     with Store(run.path).locked(), pytest.raises(InputError, match="another sweep writes"):
         run(cells("LoRA"), Scripted())
@@ -178,6 +223,24 @@ def test_processes(run, tmp_path):
     assert (tmp_path / "work" / line["config_hash"] / "adapter_last.safetensors").stat().st_size == line["stored_bytes"]
 
 
+@pytest.mark.parametrize("method", ["LinearProbe", "SSF"])
+def test_a_damaged_image_fails_the_cell(method, tmp_path, monkeypatch):
+    """Left out, it would make the figures of this method those of other images than another's."""
+    monkeypatch.setattr("visadapt.benchmark.cells.step_cost", lambda *args: (1.0, 1.0))
+    lines = [f"{n}.png {n % 2}" for n in range(6)]
+    for n in range(6):
+        Image.new("RGB", (32, 32), (40 * n, 0, 0)).save(tmp_path / f"{n}.png")
+    (tmp_path / "5.png").write_bytes(b"no picture")
+    for name, listed in (("train", lines[:4]), ("test", lines[4:])):
+        (tmp_path / f"{name}.txt").write_text("\n".join(listed))
+    data = {s: {"type": "ListDataset", "list_file": str(tmp_path / "train.txt")} for s in ("train", "val", "trainval")}
+    data["test"] = {"type": "ListDataset", "list_file": str(tmp_path / "test.txt")}
+    task = BenchTask("two", "two", 2, data)
+    tiny = Suite("tiny", Protocol("test_vit", None, 32, 1, 2), {"two": task})
+    with pytest.raises(InputError, match=r"5\.png"):
+        run_cell(Cell(tiny, task, method, 0), tmp_path / "run", 1)
+
+
 def test_workers_end_with_their_sweep():
     """Otherwise a run whose sweep was killed would go on and meet its successor in one folder."""
     code = "import os, threading, time; from visadapt.benchmark.local_pool import _die_with\n"
@@ -193,3 +256,34 @@ def test_workers_end_with_their_sweep():
         time.sleep(0.1)
     os.kill(child, signal.SIGKILL)
     pytest.fail("the worker outlived its sweep")
+
+
+SWEEP = """
+from pathlib import Path
+from test_bench_sweep import cells
+from visadapt.benchmark.local_pool import LocalPool
+from visadapt.benchmark.sweep import Store, sweep
+from visadapt.benchmark.watch import Watch
+
+if __name__ == "__main__":
+    wanted = cells("LinearProbe", seeds=(0, 1, 2))
+    sweep(wanted, LocalPool(1, 1), Store(Path("results/tiny.jsonl")), Path("work"), Watch(), Path("results"))
+"""
+
+
+@pytest.mark.slow
+def test_a_sweep_that_is_killed_goes_on(tmp_path, run):
+    """Its worker goes with it, what was stored stays and does not run again."""
+    (tmp_path / "run.py").write_text(SWEEP)
+    begin = dict(args=[sys.executable, "run.py"], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    begin["env"] = os.environ | {"PYTHONPATH": os.path.dirname(__file__), "OMP_NUM_THREADS": "1"}
+    first = subprocess.Popen(**begin)
+    assert "3 to run" in first.stdout.readline() and "[1/3]" in first.stdout.readline()
+    workers = psutil.Process(first.pid).children(recursive=True)
+    first.kill()
+    first.wait()
+    _, alive = psutil.wait_procs(workers, timeout=20)
+    assert alive == [] and len(stored(run)) == 1
+    second = subprocess.run(**begin, check=True)
+    assert "1 stored already, 2 to run" in second.stdout
+    assert [line["seed"] for line in stored(run)] == [0, 1, 2]

@@ -9,6 +9,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,13 @@ from ..checkpoint import unwrap
 from ..datasets.inspect import inspect
 from ..errors import InputError
 from ..hooks.cache import CacheFeatures
+from ..hooks.files import AdapterFiles
 from ..registry import ADAPTERS, DATASETS
 from ..run_folder import RunFolder
 from .cost import step_cost
 from .recipes import HEAD_LR, Recipe, adapter_config, recipe
 from .results import config_hash
-from .suites import BenchTask, Protocol, Suite
+from .suites import SUITES, BenchTask, Protocol, Suite
 
 HYPERPARAMETERS = ("lr", "weight_decay", "scale")
 """What may be chosen per task."""
@@ -77,6 +79,9 @@ class Cell:
         """Where the config of a finished cell is kept, below the folder of results."""
         method = re.sub(r"\W+", "-", self.method.replace("+", "-plus").lower())
         chosen = "".join(f"_{key}-{value:g}" for key, value in sorted(self.hyperparameters.items()))
+        mine, usual = self.protocol, SUITES.get(self.suite.name)
+        if usual is not None and mine != usual().protocol_of(self.task):
+            chosen += re.sub(r"\W+", "-", f"_{mine.model}_{mine.size}px_{mine.epochs}e_b{mine.batch}")
         return Path("configs") / self.suite.name / f"{method}_{self.task.name}{chosen}.py"
 
 
@@ -89,7 +94,7 @@ def cell_config(cell: Cell) -> dict[str, Any]:
     found, protocol, task = recipe(cell.method), cell.protocol, cell.task
     train, test = ("train", "val") if cell.select else ("trainval", "test")
     cls = ADAPTERS.get(found.adapter)
-    frozen = "layers" in found.arguments or not (cls.kinds or cls.trains_base)  # in front, or all of it
+    frozen = "layers" in found.arguments or not (cls.kinds or cls.trains_base)  # the blocks before these layers, or all
     changing = task.pixels or protocol.seen != "whole" or not frozen
     return {
         "model": _model(cell, found, train),
@@ -209,6 +214,9 @@ def run_cell(cell: Cell, folder: Path, threads: int) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     config.dump(cell.config, folder / "config.py")
     cfg = config.load(folder / "config.py")
+    for loader in (cfg.train_dataloader, cfg.val_dataloader):  # figures over fewer images are other figures
+        if "strict" in signature(DATASETS.get(loader.dataset.type)).parameters:
+            loader.dataset.strict = True
     time_ratio, memory_ratio = step_cost(cfg, cell.protocol.size)
     cfg.work_dir = str(folder)
     written = RunFolder(Config(cfg.to_dict()), overwrite=True)
@@ -217,7 +225,7 @@ def run_cell(cell: Cell, folder: Path, threads: int) -> dict[str, Any]:
     for kept in (hook for hook in runner.hooks if isinstance(hook, CacheFeatures)):
         kept.folder = folder.parent / "features"  # of all cells of the sweep
     runner.train()
-    hook = next(h for h in runner.hooks if type(h).__name__ == "AdapterFiles")
+    hook = next(h for h in runner.hooks if isinstance(h, AdapterFiles))
     task = unwrap(runner.model)
     trained = task.adapted.trainable_report(task.heads)
     protocol = cell.suite.protocol

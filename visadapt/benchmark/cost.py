@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from mmengine.config import Config
+from mmengine.optim import build_optim_wrapper
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
@@ -42,7 +43,8 @@ def step_cost(cfg: Config, size: int) -> tuple[float, float]:
         if adapter.calibration is not None:
             task.adapted.calibrate(name, [partial(objective, task, images)])
     disturb(task.adapted.adapters)
-    steps = {"floor": stepper(floor, images), "ours": stepper(task, images, objective)}
+    optimizer = build_optim_wrapper(task, cfg.optim_wrapper).optimizer
+    steps = {"floor": stepper(floor, images), "ours": stepper(task, images, objective, optimizer)}
     times = interleaved(steps, ROUNDS)
     peaks = {name: _peak(step) for name, step in steps.items()}
     return ratio(times, "ours", "floor"), peaks["ours"] / peaks["floor"]

@@ -39,9 +39,12 @@ TWINS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def stepper(
-    model: nn.Module, images: Tensor, objective: Callable[[nn.Module, Tensor], Tensor] | None = None
+    model: nn.Module,
+    images: Tensor,
+    objective: Callable[[nn.Module, Tensor], Tensor] | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
 ) -> Callable[[], None]:
-    """One training step: forward, backward, AdamW on what trains, and what adapters do around it.
+    """One training step: forward, backward, optimizer on what trains, and what adapters do around it.
 
     Where nothing trains it is the forward pass and the backward pass of the input.
 
@@ -49,10 +52,11 @@ def stepper(
         model: a backbone, an adapted one, or a task around it.
         images: of the step.
         objective: what model and images give that is minimised; `loss` where None.
+        optimizer: of what trains; AdamW where None.
     """
     objective = objective or loss
     trainable = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=1e-4) if trainable else None
+    optimizer = optimizer or (torch.optim.AdamW(trainable, lr=1e-4) if trainable else None)
     images = images if trainable else images.clone().requires_grad_()
     adapters = [a for m in model.modules() if isinstance(m, Adapted) for a in m.adapters.values()]
     count = 0

@@ -23,7 +23,6 @@ STORED = {
     "value",
     "train_images",
     "test_images",
-    "trainable_params",
 }
 STORED |= {"trainable_params", "stored_bytes", "seconds", "config_hash", "version"}
 """Keys of a stored line that are read again."""
@@ -39,9 +38,13 @@ def read_lines(path: Path, keys: Collection[str]) -> Iterator[tuple[str, dict[st
     """Stored lines that have all of `keys`, each with its place as "file:line"; none where there is no such file.
 
     Raises:
-        InputError: a line is no result.
+        InputError: a line is no result, or the file cannot be read.
     """
-    for n, text in enumerate(path.read_text(encoding="utf-8").splitlines() if path.exists() else (), 1):
+    try:
+        texts = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {(error.strerror or str(error)).lower()}") from error
+    for n, text in enumerate(texts, 1):
         try:
             line = json.loads(text)
         except ValueError as error:
@@ -70,6 +73,7 @@ def train_and_store(config_path: str, overrides: list[str], seeds: Iterable[int]
     from .. import config
     from ..checkpoint import unwrap
     from ..commands.train import train
+    from ..hooks.files import AdapterFiles
 
     for seed in seeds:
         words = [*overrides, f"randomness.seed={seed}"]
@@ -84,7 +88,7 @@ def train_and_store(config_path: str, overrides: list[str], seeds: Iterable[int]
         folder = work_dir / f"{Path(config_path).stem}_{key}"
         runner = train(cfg, str(folder), overwrite=True)
         task = unwrap(runner.model)
-        hook = next(h for h in runner.hooks if type(h).__name__ == "AdapterFiles")
+        hook = next(h for h in runner.hooks if isinstance(h, AdapterFiles))
         line = {
             "config": config_path,
             "overrides": overrides,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from .. import __version__, config
-from ..errors import InputError
+from ..errors import InputError, counted
 from .cells import Cell
 from .results import RESULTS, read_lines
 from .watch import Watch
@@ -82,20 +83,33 @@ class Store:
         Raises:
             InputError: a line is no result.
         """
-        lines = (line for _, line in read_lines(self.path, ("config_hash", "version")))
-        return {line["config_hash"] for line in lines if line["version"] == __version__}
+        return {line["config_hash"] for line in self._lines() if line["version"] == __version__}
+
+    def other_versions(self) -> int:
+        """How many results other versions have left."""
+        return sum(line["version"] != __version__ for line in self._lines())
+
+    def _lines(self) -> Iterator[dict[str, Any]]:
+        return (line for _, line in read_lines(self.path, ("config_hash", "version")))
 
     def append(self, line: dict[str, Any]) -> None:
-        """Add a line; a file that a crash left without its last line end is mended first."""
+        """Add a line, whole or not at all; a file without its last line end gets it first.
+
+        Raises:
+            OSError: the disk takes no more; the file is as it was.
+        """
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path, "ab+") as file:
-            if file.tell():
-                file.seek(-1, os.SEEK_END)
-                if file.read(1) != b"\n":
-                    file.write(b"\n")
-            file.write(json.dumps(line).encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
+        with open(self.path, "ab+", buffering=0) as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(size - 1, 0))
+            text = (b"" if file.read(1) in (b"", b"\n") else b"\n") + json.dumps(line).encode() + b"\n"
+            try:
+                if file.write(text) < len(text):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+                os.fsync(file.fileno())
+            except OSError:
+                file.truncate(size)
+                raise
 
 
 def sweep(
@@ -116,8 +130,10 @@ def sweep(
     """
     with store.locked():
         done = store.finished()
-        waiting = [cell for cell in cells if cell.key not in done]
+        waiting = [cell for key, cell in {cell.key: cell for cell in cells}.items() if key not in done]
         watch.begin(cells, waiting, pool.workers)
+        if others := store.other_versions():
+            watch.say(f"{counted(others, 'result')} of other versions in {store.path} left alone")
         try:
             return list(_run(waiting, pool, store, work_dir, watch, results))
         finally:
@@ -140,7 +156,8 @@ def _run(
         for cell, outcome in pool.wait(1.0):
             attempt = running.pop(cell.key)
             if outcome.line is not None:
-                store.append({**outcome.line, "config": keep_config(cell, results)})
+                store.append({**outcome.line, "config": str(results / cell.config_file)})
+                keep_config(cell, results / cell.config_file)
                 watch.finished(cell, outcome.line)
             elif outcome.killed and attempt < ATTEMPTS:
                 watch.again(cell, outcome.error)
@@ -151,9 +168,7 @@ def _run(
         watch.tick()
 
 
-def keep_config(cell: Cell, results: Path) -> str:
-    """Write the config of a method on a task, with seed 0, into the folder of results, and say where it is."""
-    kept = results / cell.config_file
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    config.dump(replace(cell, seed=0).config, kept)
-    return str(kept)
+def keep_config(cell: Cell, path: Path) -> None:
+    """Write the config of a method on a task, with seed 0, into the folder of results."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    config.dump(replace(cell, seed=0).config, path)

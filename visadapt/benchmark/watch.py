@@ -26,9 +26,14 @@ def spoken(seconds: float) -> str:
 
 
 class Watch:
-    """Counts cells and says how long the rest will take, by the mean time of those that have ended."""
+    """Counts cells and says how long the rest will take, by the mean time of those that have ended.
 
-    def __init__(self) -> None:
+    Args:
+        later: cells that will run after those of which `begin` is told; they take time too.
+    """
+
+    def __init__(self, later: int = 0) -> None:
+        self.later = later
         self.console = Console(file=sys.stdout, highlight=False)
         self.live: Live | None = None
 
@@ -43,7 +48,7 @@ class Watch:
         self.running: dict[str, tuple[Cell, float]] = {}
         self.seconds: list[float] = []
         stored = len(cells) - len(waiting)
-        self._say(f"{counted(len(cells), 'cell')}, {stored} stored already, {len(waiting)} to run, {workers} at a time")
+        self.say(f"{counted(len(cells), 'cell')}, {stored} stored already, {len(waiting)} to run, {workers} at a time")
         if self.console.is_terminal and waiting:
             self.live = Live(self._table(), console=self.console, auto_refresh=False)
             self.live.start()
@@ -56,16 +61,16 @@ class Watch:
         self.done[cell.method, cell.task.name] += 1
         self.seconds.append(line["seconds"])
         shown = f"{line['metric']} {100 * line['value']:.1f} %, {spoken(line['seconds'])}"
-        self._say(f"[{self.total - len(self.left)}/{self.total}] {cell.name}: {shown}; {self.rest()}")
+        self.say(f"[{self.total - len(self.left)}/{self.total}] {cell.name}: {shown}; {self.rest()}")
 
     def again(self, cell: Cell, why: str) -> None:
         del self.running[cell.key]
-        self._say(f"{cell.name}: {why}; it is run once more")
+        self.say(f"{cell.name}: {why}; it is run once more")
 
     def failed(self, cell: Cell, why: str) -> None:
         self._ended(cell)
         self.failures[cell.method, cell.task.name] += 1
-        self._say(f"[{self.total - len(self.left)}/{self.total}] {cell.name} FAILED: {why}; {self.rest()}")
+        self.say(f"[{self.total - len(self.left)}/{self.total}] {cell.name} FAILED: {why}; {self.rest()}")
 
     def tick(self) -> None:
         """Time has passed."""
@@ -78,20 +83,22 @@ class Watch:
 
     def rest(self) -> str:
         """How long what is left will take."""
-        if not self.left:
+        left = len(self.left) + self.later
+        if not left:
             return "nothing left"
         if not self.seconds:
             return "time left is not known yet"
         now = time.monotonic()
         each = mean(self.seconds)
         begun = sum(min(now - start, each) for _, start in self.running.values())
-        return f"{spoken((each * len(self.left) - begun) / self.workers)} left"
+        return f"{spoken((each * left - begun) / self.workers)} left"
 
     def _ended(self, cell: Cell) -> None:
         del self.running[cell.key]
         self.left.remove(cell)
 
-    def _say(self, line: str) -> None:
+    def say(self, line: str) -> None:
+        """Print a line above the table."""
         self.console.print(line, markup=False, soft_wrap=True)
 
     def _table(self) -> Table:
