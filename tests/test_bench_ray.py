@@ -191,6 +191,22 @@ def test_no_address(monkeypatch, address):
         RayPool(address, 1, 1)
 
 
+def test_no_cluster_on_this_machine(monkeypatch):
+    """What Ray says names an option that the command does not have."""
+
+    def nothing(address, **more):
+        raise ConnectionError("Please specify the one to connect to by setting `--address` flag")
+
+    fake = FakeRay()
+    fake.init, fake.exceptions = nothing, SimpleNamespace(RayError=RuntimeError)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray_pool, "_ray", lambda address: fake)
+    with pytest.raises(InputError) as found:
+        RayPool("auto", 1, 1)
+    said = "no Ray cluster on this machine; start one with 'ray start --head', or give --ray local"
+    assert str(found.value) == said
+
+
 @pytest.mark.parametrize("form", ["127.0.0.1:{}", "ray://127.0.0.1:{}", "auto"])
 def test_nobody_answers(monkeypatch, form):
     """It is said at once; Ray alone would try for many minutes."""

@@ -11,11 +11,13 @@ from pathlib import Path
 import pytest
 
 from visadapt.benchmark.report import stale, write_report
-from visadapt.benchmark.report.notes import notes, protocol
+from visadapt.benchmark.report.notes import facts, notes, protocol
+from visadapt.benchmark.report.page import _columns
 from visadapt.benchmark.report.plots import Point, as_bytes, front
 from visadapt.benchmark.report.significance import compare, holm, reference
-from visadapt.benchmark.report.stored import join, read_suite
+from visadapt.benchmark.report.stored import SUITES, join, read_suite
 from visadapt.benchmark.report.tables import build
+from visadapt.benchmark.suites import SUITES as RUN
 from visadapt.errors import InputError
 
 COMMITTED = Path(__file__).parents[1] / "benchmark_results"
@@ -41,6 +43,10 @@ def stored(folder: Path, lines: list[dict], suite: str = "offline") -> Path:
 def table_of(lines: list[dict], suite: str = "offline"):
     scores, aside = join(lines)
     return build(suite, scores), aside
+
+
+def test_the_report_knows_every_suite():
+    assert set(SUITES) == set(RUN)
 
 
 def test_committed_files_are_those_of_the_stored_lines():
@@ -71,6 +77,35 @@ def test_only_runs_made_alike_are_joined_and_the_last_of_a_seed_counts():
     assert any("1 result is stored twice" in note for note in notes(table, aside))
 
 
+def test_a_trial_displaces_no_run_and_stands_in_no_table():
+    """What most methods of a task share is shown, whatever came last; learning rates are the methods' own."""
+
+    def run(method, seed=0, epochs=8, lr=0.1, **changes):
+        return line(method, seed=seed, protocol={"epochs": epochs, "lr": lr, "weight_decay": 0.0}, **changes)
+
+    full = [run(method, seed, lr=lr) for method, lr in (("LoRA", 0.1), ("SSF", 0.2)) for seed in range(3)]
+    trials = [run("LoRA", seed, epochs=1) for seed in range(7)]  # more runs than all others, of fewer methods
+    table, aside = table_of([*full, *trials, run("VPT", backbone="vit, timm")])
+    shown = {row.label: row.scores["eurosat"] for row in table.rows}
+    assert {method: list(score.by_seed) for method, score in shown.items()} == {"LoRA": [0, 1, 2], "SSF": [0, 1, 2]}
+    assert shown["LoRA"]["protocol"]["epochs"] == 8 and aside.settings == 8
+    assert table_of([*full, trials[0]])[0].rows == table.rows
+    assert any(note.startswith("8 runs made otherwise") and note.endswith("not shown.") for note in notes(table, aside))
+    table, aside = table_of([*full, run("LoRA", seed=3, lr=0.3)])  # a recipe that changed
+    assert {row.label: len(row.scores["eurosat"].runs) for row in table.rows} == {"LoRA": 1, "SSF": 3}
+    assert aside.settings == 3
+
+
+@pytest.mark.parametrize(
+    "second, shown",
+    [([{}], 1), ([{}, {"seed": 1}], 9), ([{"version": "0.10.0"}], 9), ([{"version": "0.0.9"}, {"seed": 1}], 9)],
+)
+def test_of_two_protocols_with_equally_many_methods(second, shown):
+    """The newest version, then the most runs, then the first stored."""
+    table, _ = table_of([line(protocol={"epochs": 1}), *(line(protocol={"epochs": 9}, **found) for found in second)])
+    assert table.score_of("eurosat")["protocol"] == {"epochs": shown}
+
+
 def test_settings_that_differ_are_said():
     lines = [line(protocol={"epochs": 8, "lr": 0.1}), line("SSF", protocol={"epochs": 8, "lr": 0.01})]
     assert protocol(table_of(lines)[0]) == "Training: epochs 8; lr 0.01 to 0.1, by method or task."
@@ -88,6 +123,7 @@ def test_settings_that_differ_are_said():
         (json.dumps(line(suite="vtab")), "suite 'vtab'"),
         (json.dumps(line(seed="0")), "wrong type of seed"),
         (json.dumps(line(version="new")), "'new' is no version"),
+        (json.dumps(line(protocol={})), "no epochs in its protocol"),
     ],
 )
 def test_a_broken_line_is_named(tmp_path, bad, said):
@@ -116,6 +152,46 @@ def test_vtab_means():
     assert notes(table, aside)[0].startswith("3 of the 19 tasks were run")
 
 
+def test_there_is_no_mean_over_unlike_metrics():
+    """Neither of values nor of differences; the task that most methods have ranks, and its column comes first."""
+    tasks = {"dubai": "miou", "eurosat": "top1", **{f"t{n}": "top1" for n in range(6)}}
+    lines = [
+        line(method, task, value=value, metric=metric)
+        for method, value in (("LoRA", 0.5), ("SSF", 0.6))
+        for task, metric in tasks.items()
+    ]
+    lines += [line("VPT", "t3", value=0.9)]
+    table, aside = table_of(lines)
+    assert table.means == [] and table.headline.name == "t3"
+    assert [row.label for row in table.rows] == ["VPT", "SSF", "LoRA"]
+    assert {c.label: c.tasks for c in compare(table)} == {"VPT": 1, "SSF": 7}
+    names = [head["name"] for head, _ in _columns(table, Path("results"))]
+    assert names[:2] == ["t3", "trainable"] and sorted(names[5:]) == sorted(set(tasks) - {"t3"})
+    assert not any("mean" in note for note in notes(table, aside))
+    grouped = [
+        line(task=t, metric=m, group=g) for t, m, g in (("a", "top1", "x"), ("b", "miou", "x"), ("c", "top1", "y"))
+    ]
+    assert [mean.name for mean in table_of(grouped, "vtab")[0].means] == ["y (1)"]
+
+
+def test_shots_are_not_averaged_with_each_other():
+    """Groups come in the order of their numbers; published means are over eleven sets each."""
+    shots = {"a-2shot": 0.4, "b-2shot": 0.6, "a-16shot": 0.9}
+    lines = [
+        line(method, task, value=value + more, group=f"{task[2:-4]}-shot", suite="fewshot")
+        for method, more in (("LoRA", 0), ("SSF", 0.05))
+        for task, value in shots.items()
+    ]
+    table, aside = table_of(lines, "fewshot")
+    assert [mean.name for mean in table.means] == ["2-shot (2)", "16-shot (1)"] and table.headline is table.means[0]
+    assert table.rows[1].stat(table.headline.weights).mean == pytest.approx(0.5)
+    assert [c.tasks for c in compare(table)] == [2]
+    said = "2 of the 11 tasks of 2-shot, 1 of the 11 tasks of 16-shot were run: no mean over them is that of papers."
+    assert notes(table, aside)[0] == said
+    only = [found for found in lines if found["task"] == "a-16shot"] + [line("VPT", "a-2shot", group="2-shot")]
+    assert table_of(only, "fewshot")[0].headline.name == "16-shot (1)"  # the first mean that half of the rows have
+
+
 def test_rank_is_by_the_mean_where_most_have_it_and_else_by_the_widest_task():
     both = [line(m, t, value=v) for m, v in (("A", 0.4), ("B", 0.8)) for t in ("eurosat", "omniglot")]
     few = [line(m, value=v) for m, v in (("C", 0.9), ("D", 0.6), ("E", 0.5))]
@@ -124,6 +200,23 @@ def test_rank_is_by_the_mean_where_most_have_it_and_else_by_the_widest_task():
     table, aside = table_of(both + few)
     assert (table.headline.name, [row.label for row in table.rows]) == ("eurosat", ["C", "B", "D", "E", "A"])
     assert "2 of 5 methods were run on omniglot." in notes(table, aside)
+
+
+def test_costs_are_over_the_tasks_of_the_headline_or_there_are_none(tmp_path):
+    lines = [line(m, t, stored_bytes=b) for m in ("A", "B") for t, b in (("eurosat", 10_000), ("omniglot", 30_000))]
+    lines += [line("C"), line("D"), line("D", "omniglot", step_time_ratio=None)]
+    table, _ = table_of(lines)
+    cost = {row.label: row.cost("stored_bytes", table.headline.weights) for row in table.rows}
+    assert cost == {"A": 20_000, "B": 20_000, "C": None, "D": 20_000}
+    assert [row.cost("step_time_ratio", table.headline.weights) for row in table.rows] == [1.25, 1.25, None, None]
+    write_report(stored(tmp_path, lines))
+    assert "| C | 50.0 | - | - | 1 | - | - | - |" in (tmp_path / "model_zoo.md").read_text()
+
+
+def test_memory_is_said_to_leave_out_what_is_held():
+    table, said = table_of([line()])[0], "without weights and optimizer moments"
+    heads = {head["name"]: head for head, _ in _columns(table, Path("results"))}
+    assert said in dict(facts([table]))["cost"] and said in heads["memory"]["tip"]
 
 
 def test_hyperparameters_are_not_picked_on_test_images():
@@ -228,7 +321,17 @@ def test_csv_has_a_line_per_setting(written):
 def test_zoo_has_the_offline_suite(written):
     zoo = (written.parent / "model_zoo.md").read_text()
     assert "| LoRA | 50.5 ± 0.7 | 50.5 ± 0.7 | 50.5 ± 0.7 | 2 | 5,000 | 20.0 kB | 1.25 |" in zoo
+    assert "under one protocol, 8 epochs, with" in zoo and "Backbone: vit, dinov2_vits14_focus. This DINOv2" in zoo
     assert "hydra" not in zoo.lower() and "Single runs" not in zoo
+
+
+def test_zoo_says_what_the_lines_say(tmp_path):
+    """Another backbone, and lengths by task."""
+    lines = [line(task=t, backbone="vit, timm", protocol={"epochs": e}) for t, e in (("a", 8), ("b", 1), ("c", 8))]
+    write_report(stored(tmp_path, lines))
+    zoo = (tmp_path / "model_zoo.md").read_text()
+    assert "under one protocol, 8 epochs (a, c) or 1 epoch (b), with" in zoo
+    assert "Backbone: vit, timm.\n" in zoo and "saliency" not in zoo and "focus" not in zoo
 
 
 def test_equal_lines_give_equal_files_and_others_make_them_stale(written, tmp_path):

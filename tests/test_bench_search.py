@@ -100,10 +100,41 @@ def test_the_first_trial_is_the_recipe_and_others_are_around_it(tmp_path):
 
 @pytest.mark.parametrize(
     "method, scale",
-    [("AdaptFormer", 0.1), ("QWHA", 200.0), ("IncreLoRA", 16), ("LoRA", None), ("MoSA", None), ("LinearProbe", None)],
+    [
+        *(("AdaptFormer", 0.1), ("QWHA", 200.0), ("IncreLoRA", 16), ("LinearProbe", None), ("SSF", None)),
+        *((name, 8) for name in ("LoRA", "LoRA+", "ALLoRA", "LoRA-Pro", "DiffoRA", "DyLoRA", "SoRA", "WaRA")),
+        *(("ConvLoRA", 4), ("LoRAXS", 32), ("TLoRA", 4), ("MoSA", 0.1)),
+    ],
 )
-def test_a_scale_is_searched_where_it_is_a_number(method, scale):
+def test_a_scale_is_searched_from_what_the_adapter_has(method, scale):
+    """Also where the adapter's own default is the rank, twice the rank, or what belongs to a style."""
     assert own_values(method).get("scale") == scale
+
+
+def test_every_scale_is_searched():
+    assert [m for m in methods() if ("scale" in own_values(m)) != (recipe(m).scale_argument is not None)] == []
+
+
+@pytest.mark.parametrize(
+    "usual, probed", [({}, {}), ({"a": 2.0}, {"a": 2.0}), ({"a": 3.0, "b": 5.0}, {"a": 1, "b": 1})]
+)
+def test_a_scale_that_is_not_clear_is_refused(monkeypatch, usual, probed):
+    """No number moves with it, or two disagree."""
+    found = iter([usual, probed])
+    monkeypatch.setattr(searching, "_numbers", lambda cfg, backbone: next(found))
+    searching._meant.cache_clear()
+    with pytest.raises(InputError, match="LoRA cannot be searched: what alpha=None of LoRA stands for is not clear"):
+        own_values("LoRA")
+
+
+def test_time_left_is_that_of_all_generations_and_the_final_runs(tmp_path, capsys):
+    """Two studies of ten trials, of one second each, and seven runs behind them."""
+    suite = tiny_suite()
+    found = [Study(suite, suite.tasks[task], method, 0) for task, method in PLACES[:2]]
+    search(found, 10, FakePool(), Store(tmp_path / "tiny_search.jsonl"), tmp_path / "runs", Watch(later=7))
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("[")]
+    assert len(said) == 20
+    assert [int(line.rpartition("; ")[2].removesuffix(" s left")) for line in said] == list(range(26, 6, -1))
 
 
 @pytest.mark.parametrize("method", methods())
@@ -245,7 +276,9 @@ def tiny_sweeps(tmp_path, monkeypatch):
 def test_the_command_searches_and_then_runs_what_was_chosen(tiny_sweeps, tmp_path, capsys, monkeypatch):
     from visadapt.commands import _sweeps
 
-    monkeypatch.setattr(_sweeps, "_on_disk", lambda chosen, tasks, splits: tasks if splits == SPLITS else [])
+    monkeypatch.setattr(
+        _sweeps, "_on_disk", lambda chosen, tasks, splits, draws: (tasks if splits == SPLITS else [], [])
+    )
     words = ["bench", "offline", "--adapters", "LinearProbe", "AdaptFormer", "--tasks", "digits", "--seeds", "3", "4"]
     assert main([*words, "--search", "5", "--workers", "2"]) == 0
     ran = tiny_sweeps[0].ran
@@ -264,6 +297,20 @@ def test_the_command_searches_and_then_runs_what_was_chosen(tiny_sweeps, tmp_pat
     assert len((tmp_path / "benchmark_results/offline.jsonl").read_text().splitlines()) == 4
 
 
+def test_where_everything_fails_there_is_no_report_to_write(tiny_sweeps, capsys, monkeypatch):
+    from visadapt.benchmark import local_pool, report
+    from visadapt.commands import _sweeps
+
+    def broken(cell):
+        raise ValueError("it is broken")
+
+    monkeypatch.setattr(_sweeps, "_on_disk", lambda chosen, tasks, *rest: (tasks, []))
+    monkeypatch.setattr(local_pool, "LocalPool", lambda workers, threads: FakePool(workers, broken))
+    monkeypatch.setattr(report, "write_report", lambda: pytest.fail("there are no results"))
+    assert main(["bench", "offline", "--adapters", "LinearProbe", "--tasks", "digits", "--seeds", "1", "1"]) == 1
+    assert capsys.readouterr().err == "failed: LinearProbe digits seed 1: it is broken\n"  # a seed counts once
+
+
 def test_without_optuna(tiny_sweeps, capsys, monkeypatch):
     from visadapt.commands import _sweeps
 
@@ -274,7 +321,7 @@ def test_without_optuna(tiny_sweeps, capsys, monkeypatch):
             raise ModuleNotFoundError(name)
         return real(name, *args, **kwargs)
 
-    monkeypatch.setattr(_sweeps, "_on_disk", lambda chosen, tasks, splits: tasks)
+    monkeypatch.setattr(_sweeps, "_on_disk", lambda chosen, tasks, *rest: (tasks, []))
     monkeypatch.setattr(builtins, "__import__", missing)
     assert main(["bench", "offline", "--adapters", "LinearProbe", "--search", "2"]) == 2
     assert "pip install 'visadapt[search]'" in capsys.readouterr().err

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 from collections import Counter
 from dataclasses import replace
+from itertools import chain
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,7 +25,7 @@ from visadapt.benchmark.cost import step_cost
 from visadapt.benchmark.recipes import methods, recipe
 from visadapt.benchmark.suites import SPLITS, SUITES, suite
 from visadapt.cli import main
-from visadapt.commands._sweeps import SUITES as COMMANDS
+from visadapt.commands import bench
 from visadapt.datasets.masks import collate_masks
 from visadapt.errors import InputError
 from visadapt.registry import ADAPTERS, BACKBONES, DATASETS, TASKS
@@ -167,6 +171,14 @@ def test_few_shot_tasks():
         steps = protocol.epochs * (images // protocol.batch)
         assert protocol.batch == min(32, images) and steps == pytest.approx(500 * shots, rel=0.03)
         assert {task.data[split]["shots"] for split in SPLITS} == {shots}
+
+
+def test_few_shot_tasks_keep_the_batch_that_their_epochs_fit():
+    with pytest.raises(InputError, match=r"fewshot takes no other batch: .* leave --batch out"):
+        suite("fewshot", batch=16)
+    short = suite("fewshot", epochs=2)
+    wanted = [(2, task.own["batch"]) for task in suite("fewshot").tasks.values()]
+    assert [(p.epochs, p.batch) for p in map(short.protocol_of, short.tasks.values())] == wanted
 
 
 def test_a_few_shot_cell():
@@ -318,10 +330,13 @@ def vtab(tmp_path, monkeypatch):
         (["fewshot", "--tasks", "dtd-3shot"], "fewshot has no task 'dtd-3shot' (did you mean 'dtd-"),
         (["vtab", "--adapters", "LoRa"], "unknown method 'LoRa' (did you mean 'LoRA"),
         (["vtab", "--adapters", "PEFT"], "the benchmark has no 'PEFT': it is one adapter for many tuners"),
-        (
-            ["vtab", "--tasks", "dtd", "--adapters", "LoRA"],
-            "no task of vtab is on disk; see data/vtab/README.md; dtd: ",
-        ),
+        (["vtab", "--tasks", "dtd"], "no task of vtab is on disk; see data/vtab/README.md; dtd: "),
+        (["offline", "LoRA", "dtd"], "offline takes no 'LoRA' 'dtd'; name methods by --adapters, tasks by --tasks"),
+        (["vtab", "--method", "LoRA", "--json"], "bench vtab takes no --method (of speed), --json (of speed)"),
+        (["fgvc", "--device", "cuda"], "bench fgvc takes no --device (of speed, clips)"),
+        (["speed", "--workers", "1", "--seeds", "0"], "takes no --seeds (of comparisons, train), --workers (of comp"),
+        (["report", "--work-dir", "runs"], "bench report takes no --work-dir (of comparisons, train)"),
+        (["train", "a.py", "--epochs", "2"], "bench train takes no --epochs (of comparisons)"),
         (["fgvc", "--adapters", "LoRA"], "no task of fgvc is on disk; see data/README.md; cub_200_2011: "),
     ],
 )
@@ -340,11 +355,16 @@ def test_listed_images_that_are_missing_are_counted(vtab, capsys):
     assert [f"gone/{i}.png" in err for i in range(7)] == [True] * 5 + [False] * 2 and "…" in err
 
 
-def test_tasks_that_are_not_on_disk_are_named_and_the_others_run(vtab, capsys, monkeypatch):
-    ran = []
-    monkeypatch.setattr("visadapt.benchmark.sweep.sweep", lambda cells, *rest: ran.extend(cells) or [])
-    monkeypatch.setattr("visadapt.benchmark.report.write_report", lambda: [])
-    monkeypatch.setattr(BACKBONES, "build", lambda cfg: ran.append(cfg["weights"]))
+@pytest.fixture
+def ran(monkeypatch):
+    """The weights that a comparison asks for, and the cells that it would run."""
+    found = []
+    monkeypatch.setattr("visadapt.benchmark.sweep.sweep", lambda cells, *rest: found.extend(cells) or [])
+    monkeypatch.setattr(BACKBONES, "build", lambda cfg: found.append(cfg["weights"]))
+    return found
+
+
+def test_tasks_that_are_not_on_disk_are_named_and_the_others_run(vtab, ran, capsys):
     assert main(["bench", "vtab", "--adapters", "LoRA", "SSF", "--seeds", "0", "1"]) == 0
     err = capsys.readouterr().err
     assert "18 tasks of 19 left out, see data/vtab/README.md:" in err
@@ -353,5 +373,37 @@ def test_tasks_that_are_not_on_disk_are_named_and_the_others_run(vtab, capsys, m
     assert [(c.method, c.task.name, c.seed) for c in ran] == [(m, "cifar", s) for s in (0, 1) for m in ("LoRA", "SSF")]
 
 
+def test_a_task_that_was_asked_for_and_is_missing_is_a_failure(vtab, ran, capsys):
+    assert main(["bench", "vtab", "--adapters", "LoRA", "--tasks", "dtd", "cifar", "--seeds", "0", "0"]) == 1
+    assert capsys.readouterr().err.splitlines()[-1].startswith("not run: dtd: VTAB-1k: no folder ")
+    assert [(c.task.name, c.seed) for c in ran[1:]] == [("cifar", 0)]
+
+
+def test_the_images_of_all_draws_must_be_there(tmp_path, ran, capsys, monkeypatch):
+    """Of a set where the last draw alone takes an image that is missing."""
+    base = tmp_path / "few-shot" / "eurosat"
+    (base / "2750").mkdir(parents=True)
+    rows = {s: [[f"{s}{k}{i}.png", k, f"c{k}"] for k in range(10) for i in range(9)] for s in ("train", "val", "test")}
+    (base / "split_zhou_EuroSAT.json").write_text(json.dumps(rows))
+    monkeypatch.setenv("VISADAPT_DATA", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    for name, _, _ in chain(*rows.values()):
+        Image.new("RGB", (8, 8)).save(base / "2750" / name)
+    data = suite("fewshot").tasks["eurosat-1shot"].data["trainval"]
+    one, two, three = (set(DATASETS.build(data | {"draw": draw}).paths) for draw in (1, 2, 3))
+    Path(min(three - one - two)).unlink()
+    words = ["bench", "fewshot", "--adapters", "LoRA", "--tasks", "eurosat-1shot"]
+    assert main([*words, "--seeds", "1", "2"]) == 0 and [cell.seed for cell in ran[1:]] == [1, 2]
+    assert main(words) == 2  # seeds 1, 2 and 3
+    assert "eurosat-1shot: FewShot: 1 of 10 listed images do not exist" in capsys.readouterr().err
+
+
 def test_the_command_has_all_suites():
-    assert tuple(SUITES) == COMMANDS
+    assert tuple(SUITES) == bench.SUITES
+
+
+def test_what_is_given_can_be_told_of_every_argument():
+    parser = argparse.ArgumentParser()
+    bench.add_arguments(parser)
+    found = {action.dest: action.default for action in parser._actions if action.dest not in ("help", "what")}
+    assert found.keys() == bench.TAKEN.keys() and not any(found.values())

@@ -95,6 +95,7 @@ def test_version(capsys):
             (["bench", "speed", option, value], f"{option}: it is a whole number of at least 1, not '{value}'")
             for option, value in (("--rounds", "0"), ("--batch", "-1"), ("--mixed", "1.5"), ("--size", "x"))
         ),
+        (["bench", "offline", "--seeds", "-1"], "--seeds: it is a whole number of at least 0, not '-1'"),
         (["trian"], "visadapt: error: unknown command 'trian' (did you mean 'train'?)"),
         (["list", "--nope"], "visadapt: error: unrecognized arguments: --nope; see 'visadapt list --help'\n"),
         (["list", "adaptors"], "invalid choice: 'adaptors'"),

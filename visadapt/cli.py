@@ -22,7 +22,7 @@ COMMANDS = {
     "predict": "label images or clips; write JSON lines and pictures",
     "merge": "fold an adapter into its backbone and write the weights",
     "convert": "convert checkpoints of other projects",
-    "bench": "measure speed and memory",
+    "bench": "compare methods; measure speed and memory",
     "list": "show adapters, backbones, heads, tasks and datasets",
     "sites": "show where a backbone can be adapted",
     "info": "show what an adapter file holds",

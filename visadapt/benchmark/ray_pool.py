@@ -79,6 +79,9 @@ class RayPool:
             try:
                 self.ray.init(self.address, runtime_env=places, **quiet)
             except (OSError, RuntimeError, ValueError, self.ray.exceptions.RayError) as error:
+                if self.address == "auto" and isinstance(error, ConnectionError) and not os.environ.get("RAY_ADDRESS"):
+                    more = "start one with 'ray start --head', or give --ray local"
+                    raise InputError(f"no Ray cluster on this machine; {more}") from error
                 token = "; if it asks for a token, set RAY_AUTH_MODE=token" * self.address.startswith("ray://")
                 raise InputError(
                     f"no Ray cluster at '{self.address}': {' '.join(str(error).split())}{token}"

@@ -9,12 +9,14 @@ import inspect
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from .. import __version__
+from ..backbones.base import Backbone
 from ..errors import InputError, counted
-from ..registry import ADAPTERS
+from ..registry import ADAPTERS, BACKBONES
 from .cells import Cell
 from .recipes import adapter_config, recipe
 from .results import read_lines
@@ -32,17 +34,47 @@ FACTOR = 10.0
 DECAYS = (0.0, 1e-4, 1e-3, 1e-2, 0.05, 0.1)
 """Of weights; the recipe's own is one more where it is none of them."""
 
+PROBE = 2.0**-10
+"""A scale that no method has by default; a power of two, by which division is exact."""
+
 
 def own_values(method: str) -> dict[str, float]:
-    """What is searched of a method, with the values that its recipe has; its scale only if that is a number."""
+    """What is searched of a method, with the values that its recipe has; its scale where it has one."""
     found = recipe(method)
     values = {"lr": found.lr, "weight_decay": found.weight_decay}
     if (name := found.scale_argument) is not None:
         default = inspect.signature(ADAPTERS.get(found.adapter)).parameters[name].default
         scale = adapter_config(found).get(name, default)
-        if isinstance(scale, int | float):
-            values["scale"] = scale
+        values["scale"] = _meant(method) if scale is None else scale
     return values
+
+
+@cache
+def _meant(method: str) -> float:
+    """The scale that None stands for, such as the rank: the one with which the same adapter is built.
+
+    Where an adapter multiplies by its scale it has a number that is proportional to it. The number that None gives is
+    compared with the one of PROBE, on a small backbone.
+
+    Raises:
+        InputError: there is no such number, or several that disagree.
+    """
+    found = recipe(method)
+    backbone = BACKBONES.build({"type": "TimmViT", "name": "test_vit"})
+    usual, probed = (_numbers({**adapter_config(found), found.scale_argument: v}, backbone) for v in (None, PROBE))
+    scales = {PROBE * usual[key] / number for key, number in probed.items() if number != usual[key]}
+    if len(scales) != 1:
+        why = f"what {found.scale_argument}=None of {found.adapter} stands for is not clear"
+        raise InputError(f"{method} cannot be searched: {why}; give the recipe a number")
+    return scales.pop()
+
+
+def _numbers(cfg: dict[str, Any], backbone: Backbone) -> dict[str, float]:
+    """Plain numbers that the pieces of an adapter hold."""
+    adapter = ADAPTERS.build(cfg)
+    adapter.build(backbone)
+    parts = adapter.pieces.named_modules()
+    return {f"{path}.{key}": v for path, part in parts for key, v in vars(part).items() if type(v) in (int, float)}
 
 
 class Study:
@@ -132,10 +164,12 @@ def search(studies: Sequence[Study], trials: int, pool: Pool, store: Store, work
         pool: where they run.
         store: takes their lines.
         work_dir: every trial leaves its run in a folder named by its identity here.
-        watch: is told what happens.
+        watch: is told what happens; `later` counts what runs after the search.
     """
+    final = watch.later
     for begin in range(0, trials, GENERATION):
         count = min(GENERATION, trials - begin)
+        watch.later = final + len(studies) * (trials - begin - count)
         cells = {cell.key: cell for study in studies for cell in study.ask(count)}  # rounding may make two equal
         which = f"trials {begin + 1} to {begin + count} of {trials} of each method and task"
         print(f"search, on train and val: {which}", flush=True)
@@ -151,7 +185,8 @@ def search(studies: Sequence[Study], trials: int, pool: Pool, store: Store, work
 def share(cells: Sequence[Cell], store: Store) -> None:
     """Store a result that is there already under the hyperparameters of another cell with the same config.
 
-    A search that ends at the recipe's own values ends at a run of the table without search, and no run is done twice.
+    A search of a method without scale that ends at the recipe's own values ends at a run of the table without search,
+    and no run is done twice. A scale that is written out makes another config.
     """
     with store.locked():
         found: dict[str, list[dict[str, Any]]] = {}

@@ -15,23 +15,32 @@ from ..errors import InputError, counted
 from ._arguments import positive
 
 SUITES = ("offline", "vtab", "fgvc", "fewshot")
+OPTIONS = ("adapters", "tasks", "weights", "epochs", "workers", "threads", "ray", "search")
+"""Of comparisons alone."""
+
+WORK_DIR = "work_dirs/bench"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     suites = ", ".join(SUITES)
     group = parser.add_argument_group(f"comparisons ({suites})")
-    group.add_argument("--adapters", nargs="+", default=[], metavar="NAME", help="methods; all by default")
-    group.add_argument("--tasks", nargs="+", default=[], metavar="NAME", help="tasks; all of the suite by default")
+    group.add_argument("--adapters", nargs="+", metavar="NAME", help="methods; all by default")
+    group.add_argument("--tasks", nargs="+", metavar="NAME", help="tasks; all of the suite by default")
     group.add_argument("--weights", help="of the backbone: a file, 'timm', or dinov2_vits14_focus")
     group.add_argument("--epochs", type=positive, help="of training; the suite's own by default")
-    group.add_argument("--workers", type=positive, default=1, help="runs at a time")
+    group.add_argument("--workers", type=positive, help="runs at a time; 1 by default")
     group.add_argument(
-        "--threads", type=positive, default=1, help="of each run; sums, and with them figures, depend on it"
+        "--threads", type=positive, help="of each run, 1 by default; sums, and with them figures, depend on it"
     )
     group.add_argument("--ray", metavar="ADDRESS", help="run on a Ray cluster: its address, 'auto', or 'local'")
     group.add_argument(
         "--search", type=positive, metavar="N", help="choose lr, decay and scale of each method per task by N trials"
     )
+
+
+def seeds(args: argparse.Namespace) -> list[int]:
+    """Each seed once; those of the published draws where few shots are drawn by them."""
+    return list(dict.fromkeys(args.seeds or ([1, 2, 3] if args.what == "fewshot" else [0, 1, 2])))
 
 
 def run(args: argparse.Namespace) -> int:
@@ -51,20 +60,25 @@ def run(args: argparse.Namespace) -> int:
     names = list(dict.fromkeys(args.adapters or methods()))
     for name in names:
         recipe(name)
-    tasks = _on_disk(chosen, chosen.chosen(args.tasks), SPLITS if args.search else ("trainval", "test"))
+    splits = SPLITS if args.search else ("trainval", "test")
+    tasks, missing = _on_disk(chosen, chosen.chosen(args.tasks or ()), splits, seeds(args))
     BACKBONES.build(cell_config(Cell(chosen, tasks[0], names[0], 0))["model"]["backbone"])  # or all cells would fail
-    pool, store, work_dir = _pool(args), Store(RESULTS / f"{args.what}.jsonl"), Path(args.work_dir) / args.what
+    pool, store = _pool(args), Store(RESULTS / f"{args.what}.jsonl")
     places = [(task, name) for task in tasks for name in names]
     values = _searched(args, chosen, places, pool) if args.search else [{}] * len(places)
     rows = [(place, found) for place, found in zip(places, values) if found is not None]
-    cells = [Cell(chosen, *place, seed, found) for seed in args.seeds for place, found in rows]
+    cells = [Cell(chosen, *place, seed, found) for seed in seeds(args) for place, found in rows]
     share(cells, store)
-    failed = sweep(cells, pool, store, work_dir, Watch())
-    for cell, why in failed:
-        print(f"failed: {cell.name}: {why}", file=sys.stderr)
-    for path in write_report():
-        print(f"wrote {path}")
-    return 1 if failed or None in values else 0
+    failed = sweep(cells, pool, store, _folder(args, args.what), Watch())
+    if store.finished():
+        for path in write_report():
+            print(f"wrote {path}", flush=True)
+    lines = [f"failed: {cell.name}: {why}" for cell, why in failed]
+    if args.tasks:  # those that were asked for by name
+        lines += [f"not run: {line}" for line in missing]
+    for line in lines:
+        print(line, file=sys.stderr)
+    return 1 if lines or None in values else 0
 
 
 def _searched(args: argparse.Namespace, chosen, places: list, pool) -> list[dict | None]:
@@ -74,28 +88,40 @@ def _searched(args: argparse.Namespace, chosen, places: list, pool) -> list[dict
     from ..benchmark.sweep import Store
     from ..benchmark.watch import Watch
 
-    studies = [Study(chosen, task, name, args.seeds[0]) for task, name in places]
-    store, work_dir = Store(RESULTS / f"{args.what}_search.jsonl"), Path(args.work_dir) / f"{args.what}_search"
-    search(studies, args.search, pool, store, work_dir, Watch())
+    studies = [Study(chosen, task, name, seeds(args)[0]) for task, name in places]
+    which = f"{args.what}_search"
+    watch = Watch(later=len(places) * len(seeds(args)))
+    search(studies, args.search, pool, Store(RESULTS / f"{which}.jsonl"), _folder(args, which), watch)
     for study in studies:
         print(study)
     print("final runs with what is chosen, on trainval and test", flush=True)
     return [study.best and study.best[0].hyperparameters for study in studies]
 
 
+def _folder(args: argparse.Namespace, name: str) -> Path:
+    return Path(args.work_dir or WORK_DIR) / name
+
+
 def _pool(args: argparse.Namespace):
     """Where cells run."""
+    size = (args.workers or 1, args.threads or 1)
     if args.ray is not None:
         from ..benchmark.ray_pool import RayPool
 
-        return RayPool(args.ray, args.workers, args.threads)
+        return RayPool(args.ray, *size)
     from ..benchmark.local_pool import LocalPool
 
-    return LocalPool(args.workers, args.threads)
+    return LocalPool(*size)
 
 
-def _on_disk(chosen, tasks: list, splits: Sequence[str]) -> list:
-    """The tasks whose images of these splits are there; says of the others what is missing.
+def _on_disk(chosen, tasks: list, splits: Sequence[str], draws: Sequence[int]) -> tuple[list, list[str]]:
+    """The tasks whose images of these splits are there, and of the others, which is printed, what is missing.
+
+    Args:
+        chosen: the suite.
+        tasks: of it.
+        splits: of each task.
+        draws: seeds that decide which images are used, in tasks where they do; test images are all.
 
     Raises:
         InputError: there are none.
@@ -106,7 +132,9 @@ def _on_disk(chosen, tasks: list, splits: Sequence[str]) -> list:
     for task in tasks:
         try:
             for split in splits:
-                DATASETS.build(task.data[split])
+                drawn = task.seeded is not None and split != "test"
+                for more in [{task.seeded: draw} for draw in draws] if drawn else [{}]:
+                    DATASETS.build(task.data[split] | more)
             found.append(task)
         except InputError as error:
             missing.append(f"{task.name}: {error}")
@@ -117,4 +145,4 @@ def _on_disk(chosen, tasks: list, splits: Sequence[str]) -> list:
         print(f"{counted(len(missing), 'task')} of {len(tasks)} left out, see {chosen.about}:", file=sys.stderr)
         for line in missing:
             print(f"  {line}", file=sys.stderr)
-    return found
+    return found, missing

@@ -22,7 +22,7 @@ TEST = (
     "Differences to {reference} in percentage points, paired by task and seed. p: two-sided Wilcoxon signed-rank test, "
     "since differences on easy and on hard tasks are not of one normal distribution; corrected by Holm for all methods "
     "of this table. Fewer than {fewest} pairs that differ give none. Seeds of one task are not independent evidence "
-    "about other tasks: p speaks of these tasks."
+    "about other tasks: p speaks of these tasks, {tasks}."
 )
 
 
@@ -82,18 +82,19 @@ def _suite(table: Table, aside: Aside, folder: Path) -> dict[str, Any]:
         "sorted_by": 1 + [head["name"] for head, _ in columns].index(table.headline.name),
         "rows": [{"label": row.label, "cells": [c[n] for _, c in columns]} for n, row in enumerate(table.rows)],
         "legend": f"Costs are those of {_over(table)}. A value leads to its config. The best of a column is bold."
-        + " Single tasks are to the right." * (len(table.tasks) > FEW_TASKS),
+        + " Other tasks are to the right." * (len(table.tasks) > FEW_TASKS),
         "plots": _plots(table),
         "reference": against.label,
         "comparisons": [_comparison(c) for c in compare(table)],
-        "test": TEST.format(reference=against.label, fewest=FEWEST),
+        "test": TEST.format(reference=against.label, fewest=FEWEST, tasks=notes.listed(table.alike)),
         "files": [_files(row.scores[t], row, folder) for row in table.rows for t in table.tasks if t in row.scores],
     }
 
 
 def _over(table: Table) -> str:
     """What the headline is about, in a sentence."""
-    return table.headline.name if len(table.headline.weights) == 1 else f"the mean over {len(table.tasks)} tasks"
+    name, count = table.headline.name, len(table.headline.weights)
+    return name if count == 1 else f"the {count} tasks of “{name}”, for methods that have all of them"
 
 
 def _columns(table: Table, folder: Path) -> list[tuple[dict[str, str], list[Shown]]]:
@@ -111,16 +112,19 @@ def _columns(table: Table, folder: Path) -> list[tuple[dict[str, str], list[Show
         for m in table.means
     ]
     costs = [(head, [_cost(row, table, key) for row in table.rows]) for key, head in COSTS.items()]
-    if len(tasks) > FEW_TASKS:
-        return [*means, *costs, *tasks]
-    return [*means, *tasks, *costs] if table.headline in table.means else [*tasks, *means, *costs]
+    by_mean = table.headline in table.means
+    if len(tasks) <= FEW_TASKS:
+        return [*means, *tasks, *costs] if by_mean else [*tasks, *means, *costs]
+    first = [] if by_mean else [tasks.pop(table.tasks.index(table.headline.name))]
+    return [*first, *means, *costs, *tasks]
 
 
+PEAK = "peak of a training step above what is held between steps: without weights and optimizer moments"
 COSTS = {
     "trainable_params": {"name": "trainable", "under": "parameters", "tip": "with the head"},
     "stored_bytes": {"name": "stored", "under": "adapter file", "tip": "with the head"},
     "step_time_ratio": {"name": "step time", "under": "× frozen", "tip": "of a training step"},
-    "memory_ratio": {"name": "memory", "under": "× frozen", "tip": "peak of a training step"},
+    "memory_ratio": {"name": "memory", "under": "× frozen", "tip": PEAK},
 }
 
 
@@ -165,7 +169,7 @@ def _plots(table: Table) -> list[str]:
         "step_time_ratio": "time of a training step, over the frozen backbone's",
     }
     headline, plots = table.headline, []
-    metric = " / ".join(sorted({table.score_of(task)["metric"] for task in headline.weights}))
+    metric = table.score_of(next(iter(headline.weights)))["metric"]
     for key, across in axes.items():
         points = []
         for row in table.rows:

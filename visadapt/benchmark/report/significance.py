@@ -19,7 +19,7 @@ class Comparison:
 
     Attributes:
         difference: mean of method minus reference, as a fraction.
-        tasks: that both have.
+        tasks: that both have, of those that may be averaged.
         pairs: equal (task, seed, version) that both have.
         better, worse: pairs in which the method is so.
         p: of the two-sided Wilcoxon signed-rank test, corrected by Holm for all methods of the table; None where too
@@ -43,10 +43,11 @@ def reference(table: Table) -> Row:
 
 def compare(table: Table) -> list[Comparison]:
     """All other rows of the table that share a pair with the reference, in the order of the table."""
-    against = _values(reference(table))
+    tasks = table.alike
+    against = _values(reference(table), tasks)
     found = []
     for row in table.rows:
-        values = _values(row)
+        values = _values(row, tasks)
         # rounded, so that differences that are equal but for the last bit rank as equal
         shared = sorted(values.keys() & against.keys())
         differences = [round(values[key] - against[key], 9) for key in shared]
@@ -57,22 +58,22 @@ def compare(table: Table) -> list[Comparison]:
         Comparison(
             label,
             fmean(differences),
-            tasks,
+            number,
             len(differences),
             sum(d > 0 for d in differences),
             sum(d < 0 for d in differences),
             None if p is None else next(corrected),
         )
-        for label, tasks, differences, p in found
+        for label, number, differences, p in found
     ]
 
 
-def _values(row: Row) -> dict[tuple[str, int, str], float]:
+def _values(row: Row, tasks: Sequence[str]) -> dict[tuple[str, int, str], float]:
     return {
         (task, seed, score["version"]): value
         for task, score in row.scores.items()
         for seed, value in score.by_seed.items()
-        if math.isfinite(value)
+        if task in tasks and math.isfinite(value)
     }
 
 

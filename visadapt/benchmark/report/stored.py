@@ -32,6 +32,9 @@ KEYS: dict[str, Any] = {
 }
 """Keys of a line that are read here, and their types. A value or a ratio may be null or NaN: then there is none."""
 
+RECIPE = ("lr", "weight_decay")
+"""Parts of a line's protocol that are the method's own; the others are the same for all methods of a task."""
+
 
 class Stat(NamedTuple):
     """Mean and, of two or more, the standard deviation of a sample."""
@@ -107,6 +110,8 @@ def _wrong(line: Mapping[str, Any], suite: str) -> str:
         return f"a result of suite '{line['suite']}'"
     if not 0 <= _number(line["value"]) <= 1 and math.isfinite(_number(line["value"])):
         return f"value {line['value']} is no fraction between 0 and 1"
+    if "epochs" not in line["protocol"]:
+        return "no epochs in its protocol"
     try:
         Version(line["version"])
     except InvalidVersion:
@@ -122,18 +127,23 @@ def settings(hyperparameters: Mapping[str, Any]) -> str:
 def join(lines: Iterable[dict[str, Any]]) -> tuple[list[Score], Aside]:
     """Lines of a suite joined over seeds, in the order of their first lines.
 
-    Only lines of the newest version of a (task, method, hyperparameters) are joined, and of these only those made as
-    the last one was: backbone, protocol, metric and numbers of images. Of two runs with one seed the last counts.
+    Only lines made as most methods of their task are kept, see `_usual`, so that a quick trial neither displaces a
+    method's runs nor stands among them. Of these, only lines of the newest version of a (task, method,
+    hyperparameters) are joined that have the learning rate and the weight decay of the last one. Of two runs with one
+    seed the last counts.
     """
+    lines = list(lines)
+    usual = _usual(lines)
+    kept = [line for line in lines if _made(line) == usual[line["task"]]]
     groups: dict[tuple, list[dict[str, Any]]] = {}
-    for line in lines:
+    for line in kept:
         groups.setdefault((line["task"], line["method"], settings(line["hyperparameters"])), []).append(line)
-    scores, aside = [], Aside()
+    scores, aside = [], Aside(settings=len(lines) - len(kept))
     for found in groups.values():
         newest = max(Version(line["version"]) for line in found)
         aside.versions.update(line["version"] for line in found if Version(line["version"]) != newest)
         current = [line for line in found if Version(line["version"]) == newest]
-        alike = [line for line in current if _made(line) == _made(current[-1])]
+        alike = [line for line in current if settings(line["protocol"]) == settings(current[-1]["protocol"])]
         aside.settings += len(current) - len(alike)
         seeds = {line["seed"]: line for line in alike}
         aside.repeated += len(alike) - len(seeds)
@@ -141,10 +151,22 @@ def join(lines: Iterable[dict[str, Any]]) -> tuple[list[Score], Aside]:
     return scores, aside
 
 
+def _usual(lines: Iterable[dict[str, Any]]) -> dict[str, tuple]:
+    """How the most methods of each task were run; of equals that of the newest version, of most runs, stored first."""
+    tasks: dict[str, dict[tuple, list[dict[str, Any]]]] = {}
+    for line in lines:
+        tasks.setdefault(line["task"], {}).setdefault(_made(line), []).append(line)
+
+    def weight(found: list[dict[str, Any]]) -> tuple:
+        return len({line["method"] for line in found}), max(Version(line["version"]) for line in found), len(found)
+
+    return {task: max(ways, key=lambda way: weight(ways[way])) for task, ways in tasks.items()}
+
+
 def _made(line: Mapping[str, Any]) -> tuple:
-    return tuple(
-        json.dumps(line[k], sort_keys=True) for k in ("backbone", "protocol", "metric", "train_images", "test_images")
-    )
+    """What methods of one task must share to be compared."""
+    shared = {key: value for key, value in line["protocol"].items() if key not in RECIPE}
+    return (settings(shared), *(line[key] for key in ("backbone", "metric", "train_images", "test_images")))
 
 
 def digest(folder: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from statistics import fmean
@@ -10,8 +11,10 @@ from typing import Any
 from ...errors import counted
 from .stored import Score, Stat, settings
 
-GROUPED = {"vtab"}
-"""Suites whose published figure is the mean of the means of their groups."""
+GROUPED = {"vtab", "fewshot"}
+"""Suites whose published figures are means of groups of tasks."""
+APART = {"fewshot"}
+"""Of these, suites whose groups are trained on unlike numbers of images: there is no mean over them."""
 
 
 @dataclass(frozen=True)
@@ -48,10 +51,12 @@ class Row:
         return Stat(mean, Stat.of(per_seed).std if per_seed else None)
 
     def cost(self, key: str, tasks: Iterable[str]) -> float | None:
-        """Mean of a count, a size or a ratio over tasks, or over the row's own tasks where it has none of these."""
-        scores = [self.scores[t] for t in tasks if t in self.scores] or self.scores.values()
-        found = [value for score in scores if (value := score.cost(key)) is not None]
-        return fmean(found) if found else None
+        """Mean of a count, a size or a ratio over tasks.
+
+        None where a task has none: a mean over the others is not to be compared with those of other rows.
+        """
+        found = [self.scores[task].cost(key) if task in self.scores else None for task in tasks]
+        return None if None in found else fmean(found)
 
 
 @dataclass(frozen=True)
@@ -61,8 +66,8 @@ class Table:
     Attributes:
         tasks: their names in the order of the columns.
         rows: best first by `headline`, those without one last.
-        means: means over tasks; none of a single task.
-        headline: what ranks the rows: a mean, or the task that most rows have where few rows have all.
+        means: means over tasks with one metric; none where there is a single task.
+        headline: what ranks the rows: the first mean that half of them have, or the task that most have.
     """
 
     suite: str
@@ -75,6 +80,16 @@ class Table:
     def scores(self) -> list[Score]:
         return [score for row in self.rows for score in row.scores.values()]
 
+    @property
+    def alike(self) -> list[str]:
+        """Tasks whose differences may be averaged: of the headline's metric, and its group where groups are apart."""
+
+        def kind(task: str) -> tuple[str, str]:
+            score = self.score_of(task)
+            return score["metric"], score["group"] if self.suite in APART else ""
+
+        return [task for task in self.tasks if kind(task) == kind(next(iter(self.headline.weights)))]
+
     def score_of(self, task: str) -> Score:
         """A score of the task, for what all of its scores share."""
         return next(row.scores[task] for row in self.rows if task in row.scores)
@@ -86,20 +101,24 @@ def build(suite: str, scores: Iterable[Score]) -> Table:
     first = {task: score for row in rows for task, score in row.scores.items()}
     count = {task: sum(task in row.scores for row in rows) for task in first}
     if suite in GROUPED:
-        tasks = sorted(first, key=lambda t: (first[t]["group"], t))
+        tasks = sorted(first, key=lambda t: (_natural(first[t]["group"]), t))
     else:
         tasks = sorted(first, key=lambda t: (-count[t], t))
-    means = _means(suite, {task: first[task]["group"] for task in tasks})
+    means = _means(suite, {task: first[task] for task in tasks})
     widest = max(tasks, key=lambda t: count[t])  # the first of these
-    headline = Mean(widest, {widest: 1.0})
-    if means and 2 * sum(row.stat(means[0].weights) is not None for row in rows) >= len(rows):
-        headline = means[0]
+    common = (mean for mean in means if 2 * sum(row.stat(mean.weights) is not None for row in rows) >= len(rows))
+    headline = next(common, Mean(widest, {widest: 1.0}))
 
     def rank(row: Row) -> tuple:
         stat = row.stat(headline.weights)
         return (stat is None, -stat.mean if stat else 0, row.label)
 
     return Table(suite, tasks, sorted(rows, key=rank), means, headline)
+
+
+def _natural(text: str) -> list[str | int]:
+    """Sorts names by the numbers in them: 2-shot before 16-shot."""
+    return [int(part) if n % 2 else part for n, part in enumerate(re.split(r"(\d+)", text))]
 
 
 def _rows(scores: Iterable[Score]) -> list[Row]:
@@ -130,23 +149,24 @@ def _rows(scores: Iterable[Score]) -> list[Row]:
     return rows
 
 
-def _means(suite: str, groups: Mapping[str, str]) -> list[Mean]:
-    """Means over the tasks of a suite, the one that ranks first.
+def _means(suite: str, tasks: Mapping[str, Score]) -> list[Mean]:
+    """Means over the tasks of a suite that have one metric, the one that ranks first.
 
     Args:
-        groups: the group of each task.
+        tasks: a score of each.
     """
-    if len(groups) < 2:
+    if len(tasks) < 2:
         return []
-    plain = Mean(f"mean of {len(groups)} tasks", dict.fromkeys(groups, 1 / len(groups)))
-    if suite not in GROUPED:
-        return [plain]
-    members: dict[str, list[str]] = {}
-    for task, group in groups.items():
-        members.setdefault(group, []).append(task)
-    each = [Mean(f"{g} ({len(tasks)})", dict.fromkeys(tasks, 1 / len(tasks))) for g, tasks in members.items()]
-    balanced = {task: 1 / len(members) / len(members[group]) for task, group in groups.items()}
-    return [Mean(f"mean of {counted(len(members), 'group mean')}", balanced), plain, *each]
+    means = [Mean(f"mean of {len(tasks)} tasks", dict.fromkeys(tasks, 1 / len(tasks)))]
+    if suite in GROUPED:
+        members: dict[str, list[str]] = {}
+        for task, score in tasks.items():
+            members.setdefault(score["group"], []).append(task)
+        each = [Mean(f"{g} ({len(found)})", dict.fromkeys(found, 1 / len(found))) for g, found in members.items()]
+        balanced = {task: 1 / len(members) / len(found) for found in members.values() for task in found}
+        over = [Mean(f"mean of {counted(len(members), 'group mean')}", balanced), *means]
+        means = each if suite in APART else over + each
+    return [mean for mean in means if len({tasks[task]["metric"] for task in mean.weights}) == 1]
 
 
 def said(values: Mapping[str, Any]) -> str:
