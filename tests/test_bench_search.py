@@ -12,9 +12,10 @@ from visadapt import __version__
 from visadapt.benchmark import search as searching
 from visadapt.benchmark.cells import Cell
 from visadapt.benchmark.recipes import methods, recipe
+from visadapt.benchmark.results import Store
 from visadapt.benchmark.search import Study, own_values, search, share
 from visadapt.benchmark.suites import SPLITS, SUITES, BenchTask, Protocol, Suite
-from visadapt.benchmark.sweep import Outcome, Store
+from visadapt.benchmark.sweep import Outcome
 from visadapt.benchmark.watch import Watch
 from visadapt.cli import main
 from visadapt.errors import InputError

@@ -17,8 +17,9 @@ from PIL import Image
 from visadapt import __version__, config
 from visadapt.benchmark.cells import Cell, run_cell
 from visadapt.benchmark.local_pool import LocalPool
+from visadapt.benchmark.results import Store
 from visadapt.benchmark.suites import BenchTask, Protocol, Suite, suite
-from visadapt.benchmark.sweep import Outcome, Store, sweep
+from visadapt.benchmark.sweep import Outcome, sweep
 from visadapt.benchmark.watch import Watch, spoken
 from visadapt.errors import InputError
 
@@ -137,7 +138,7 @@ def test_a_full_disk_leaves_the_lines_that_were_there(run, tmp_path):
     store, (cell,) = Store(run.path), cells("LoRA")
     store.append(result(cell))
     before = run.path.read_bytes()
-    code = "import resource, sys; from pathlib import Path; from visadapt.benchmark.sweep import Store\n"
+    code = "import resource, sys; from pathlib import Path; from visadapt.benchmark.results import Store\n"
     code += f"resource.setrlimit(resource.RLIMIT_FSIZE, ({len(before) + 100},) * 2)\n"
     code += "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
     code += f"Store(Path({str(run.path)!r})).append({{'text': 'x' * 500}})"
@@ -262,7 +263,8 @@ SWEEP = """
 from pathlib import Path
 from test_bench_sweep import cells
 from visadapt.benchmark.local_pool import LocalPool
-from visadapt.benchmark.sweep import Store, sweep
+from visadapt.benchmark.results import Store
+from visadapt.benchmark.sweep import sweep
 from visadapt.benchmark.watch import Watch
 
 if __name__ == "__main__":

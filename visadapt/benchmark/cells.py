@@ -22,12 +22,11 @@ from ..checkpoint import unwrap
 from ..datasets.inspect import inspect
 from ..errors import InputError
 from ..hooks.cache import CacheFeatures
-from ..hooks.files import AdapterFiles
 from ..registry import ADAPTERS, DATASETS
 from ..run_folder import RunFolder
 from .cost import step_cost
 from .recipes import HEAD_LR, Recipe, adapter_config, recipe
-from .results import config_hash
+from .results import config_hash, measured
 from .suites import SUITES, BenchTask, Protocol, Suite
 
 HYPERPARAMETERS = ("lr", "weight_decay", "scale")
@@ -225,21 +224,14 @@ def run_cell(cell: Cell, folder: Path, threads: int) -> dict[str, Any]:
     for kept in (hook for hook in runner.hooks if isinstance(hook, CacheFeatures)):
         kept.folder = folder.parent / "features"  # of all cells of the sweep
     runner.train()
-    hook = next(h for h in runner.hooks if isinstance(h, AdapterFiles))
-    task = unwrap(runner.model)
-    trained = task.adapted.trainable_report(task.heads)
-    protocol = cell.suite.protocol
+    heads, protocol = unwrap(runner.model).heads, cell.suite.protocol
     return {
         **{"suite": cell.suite.name, "method": cell.method, "task": cell.task.name, "group": cell.task.group},
         **{"seed": cell.seed, "backbone": f"{protocol.model}, {protocol.weights or 'random weights'}"},
-        **{"metric": hook.monitor, "value": hook.metrics[hook.monitor], "metrics": hook.metrics},
+        **measured(runner),
         "hyperparameters": dict(cell.hyperparameters),
         "protocol": described(cell),
-        "train_images": len(runner.train_dataloader.dataset),
-        "test_images": len(runner.val_dataloader.dataset),
-        "trainable_params": trained.trainable,
-        "head_params": sum(p.numel() for head in task.heads.values() for p in head.parameters()),
-        "stored_bytes": (folder / "adapter_last.safetensors").stat().st_size,
+        "head_params": sum(p.numel() for head in heads.values() for p in head.parameters()),
         **{"step_time_ratio": time_ratio, "memory_ratio": memory_ratio},
         **{"seconds": round(time.perf_counter() - start, 1), "threads": threads, "machine": platform.machine()},
         **{"adapter_file": str(folder / "adapter_last.safetensors"), "config_hash": cell.key, "version": __version__},

@@ -25,14 +25,14 @@ def step_cost(cfg: Config, size: int) -> tuple[float, float]:
     """Step time and peak memory of a config's model over those of the bare backbone, on random images.
 
     The bare backbone's step is its forward pass and the backward pass of its input. Weights are random, as values do
-    not matter. Peaks are above what is held between steps.
+    not matter. Peaks are of tensors, above what is held between steps.
 
     Args:
         cfg: of a training run.
         size: side of the images in pixels.
 
     Returns:
-        Two ratios; the second is None where this system does not tell peaks.
+        Two ratios.
     """
     backbone = dict(cfg.model.backbone, weights=None)
     task, floor = TASKS.build(dict(cfg.model, backbone=backbone)).train(), Adapted(BACKBONES.build(backbone))

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import json
+import os
 import time
 from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +60,66 @@ def read_lines(path: Path, keys: Collection[str]) -> Iterator[tuple[str, dict[st
         yield f"{path}:{n}", line
 
 
+class Store:
+    """A file of result lines; those of a suite are written by one sweep at a time.
+
+    Args:
+        path: a file of JSON lines.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other sweeps on this machine away.
+
+        Raises:
+            InputError: another one is at work.
+        """
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path, "ab") as handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise InputError(f"another sweep writes {self.path}; wait for it, or stop it") from error
+            yield
+
+    def finished(self) -> set[str]:
+        """Identities of the cells that this version has run.
+
+        Raises:
+            InputError: a line is no result.
+        """
+        return {line["config_hash"] for line in self._lines() if line["version"] == __version__}
+
+    def other_versions(self) -> int:
+        """How many results other versions have left."""
+        return sum(line["version"] != __version__ for line in self._lines())
+
+    def _lines(self) -> Iterator[dict[str, Any]]:
+        return (line for _, line in read_lines(self.path, ("config_hash", "version")))
+
+    def append(self, line: dict[str, Any]) -> None:
+        """Add a line, whole or not at all; a file without its last line end gets it first.
+
+        Raises:
+            OSError: the disk takes no more; the file is as it was.
+        """
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path, "ab+", buffering=0) as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(size - 1, 0))
+            text = (b"" if file.read(1) in (b"", b"\n") else b"\n") + json.dumps(line).encode() + b"\n"
+            try:
+                if file.write(text) < len(text):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+                os.fsync(file.fileno())
+            except OSError:
+                file.truncate(size)
+                raise
+
+
 def read_results(folder: Path = RESULTS) -> list[dict[str, Any]]:
     """All stored lines of the training runs.
 
@@ -63,6 +127,21 @@ def read_results(folder: Path = RESULTS) -> list[dict[str, Any]]:
         InputError: a line is no result.
     """
     return [line for _, line in read_lines(folder / "training.jsonl", STORED)]
+
+
+def measured(runner: Any) -> dict[str, Any]:
+    """What a line says of a run that has ended and has the hook AdapterFiles."""
+    from ..checkpoint import unwrap
+    from ..hooks.files import AdapterFiles
+
+    hook, task = next(h for h in runner.hooks if isinstance(h, AdapterFiles)), unwrap(runner.model)
+    return {
+        **{"metric": hook.monitor, "value": hook.metrics[hook.monitor], "metrics": hook.metrics},
+        "train_images": len(runner.train_dataloader.dataset),
+        "test_images": len(runner.val_dataloader.dataset),
+        "trainable_params": task.adapted.trainable_report(task.heads).trainable,
+        "stored_bytes": (Path(runner.work_dir) / "adapter_last.safetensors").stat().st_size,
+    }
 
 
 def train_and_store(config_path: str, overrides: list[str], seeds: Iterable[int], work_dir: Path) -> None:
@@ -73,7 +152,6 @@ def train_and_store(config_path: str, overrides: list[str], seeds: Iterable[int]
     from .. import config
     from ..checkpoint import unwrap
     from ..commands.train import train
-    from ..hooks.files import AdapterFiles
 
     for seed in seeds:
         words = [*overrides, f"randomness.seed={seed}"]
@@ -88,7 +166,6 @@ def train_and_store(config_path: str, overrides: list[str], seeds: Iterable[int]
         folder = work_dir / f"{Path(config_path).stem}_{key}"
         runner = train(cfg, str(folder), overwrite=True)
         task = unwrap(runner.model)
-        hook = next(h for h in runner.hooks if isinstance(h, AdapterFiles))
         line = {
             "config": config_path,
             "overrides": overrides,
@@ -96,17 +173,9 @@ def train_and_store(config_path: str, overrides: list[str], seeds: Iterable[int]
             "method": ", ".join(type(a).__name__ for a in task.adapted.adapters.values()) or "linear probe",
             "backbone": f"{task.adapted.backbone.name}, {task.adapted.backbone.weights}",
             "task": Path(config_path).stem.rsplit("_", 1)[-1] + (f" {' '.join(overrides)}" if overrides else ""),
-            "metric": hook.monitor,
-            "value": hook.metrics[hook.monitor],
-            "metrics": hook.metrics,
-            "train_images": len(runner.train_dataloader.dataset),
-            "test_images": len(runner.val_dataloader.dataset),
-            "trainable_params": task.adapted.trainable_report(task.heads).trainable,
-            "stored_bytes": (folder / "adapter_last.safetensors").stat().st_size,
+            **measured(runner),
             "seconds": round(time.perf_counter() - start, 1),
             "config_hash": key,
             "version": __version__,
         }
-        RESULTS.mkdir(exist_ok=True)
-        with open(RESULTS / "training.jsonl", "a") as file:
-            file.write(json.dumps(line) + "\n")
+        Store(RESULTS / "training.jsonl").append(line)

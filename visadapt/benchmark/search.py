@@ -19,9 +19,9 @@ from ..errors import InputError, counted
 from ..registry import ADAPTERS, BACKBONES
 from .cells import Cell
 from .recipes import adapter_config, recipe
-from .results import read_lines
+from .results import Store, read_lines
 from .suites import BenchTask, Suite
-from .sweep import Pool, Store, sweep
+from .sweep import Pool, sweep
 from .watch import Watch
 
 GENERATION = 4

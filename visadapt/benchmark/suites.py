@@ -125,7 +125,6 @@ def _splits(kind: str, names: Sequence[str] = SPLITS, **arguments: Any) -> dict[
     return {ours: {"type": kind, **arguments, "split": theirs} for ours, theirs in zip(SPLITS, names, strict=True)}
 
 
-VTAB_SPLITS = ("train800", "val200", "train800val200", "test")
 IN21K = "vit_base_patch16_224.augreg_in21k"
 
 
@@ -141,7 +140,7 @@ def _vtab() -> Suite:
     """
     groups = {"natural": vtab.NATURAL, "specialized": vtab.SPECIALIZED, "structured": vtab.STRUCTURED}
     tasks = [
-        BenchTask(name, group, classes, _splits("VTABDataset", VTAB_SPLITS, task=name))
+        BenchTask(name, group, classes, _splits("VTABDataset", vtab.SPLITS, task=name))
         for group, found in groups.items()
         for name, classes in found.items()
     ]
@@ -203,14 +202,14 @@ def _offline() -> Suite:
     """
     eurosat = {
         split: {"type": "EuroSAT", "split": "train", "list_file": f"data/lists/eurosat_{name}.txt"}
-        for split, name in zip(SPLITS, VTAB_SPLITS[:3])
+        for split, name in zip(SPLITS, vtab.SPLITS[:3])
     } | {"test": {"type": "EuroSAT", "split": "test"}}
     dubai = _splits("DubaiAerial", ("train4", "val", "train", "test"))
     tasks = [
         BenchTask("eurosat", "remote sensing", 10, eurosat),
-        BenchTask("tiny-imagenet", "natural", 50, _splits("TinyImageNet", VTAB_SPLITS)),
-        BenchTask("omniglot", "characters", 136, _splits("Omniglot", VTAB_SPLITS)),
-        BenchTask("digits", "characters", 10, _splits("Digits", VTAB_SPLITS)),
+        BenchTask("tiny-imagenet", "natural", 50, _splits("TinyImageNet", vtab.SPLITS)),
+        BenchTask("omniglot", "characters", 136, _splits("Omniglot", vtab.SPLITS)),
+        BenchTask("digits", "characters", 10, _splits("Digits", vtab.SPLITS)),
         _masks("retina-drive", "retina", 2, _splits("DRIVE"), tile=56),
         _masks("retina-chase", "retina", 2, _splits("CHASEDB1"), tile=96),
         _masks("dubai", "remote sensing", 5, dubai, tile=112),

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import errno
-import fcntl
-import json
-import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from .. import __version__, config
-from ..errors import InputError, counted
+from .. import config
+from ..errors import counted
 from .cells import Cell
-from .results import RESULTS, read_lines
+from .results import RESULTS, Store
 from .watch import Watch
 
 ATTEMPTS = 2
@@ -50,66 +45,6 @@ class Pool(Protocol):
 
     def close(self) -> None:
         """Stop what runs."""
-
-
-class Store:
-    """The result lines of a suite, written by one sweep at a time.
-
-    Args:
-        path: a file of JSON lines.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Keep other sweeps on this machine away.
-
-        Raises:
-            InputError: another one is at work.
-        """
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path, "ab") as handle:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise InputError(f"another sweep writes {self.path}; wait for it, or stop it") from error
-            yield
-
-    def finished(self) -> set[str]:
-        """Identities of the cells that this version has run.
-
-        Raises:
-            InputError: a line is no result.
-        """
-        return {line["config_hash"] for line in self._lines() if line["version"] == __version__}
-
-    def other_versions(self) -> int:
-        """How many results other versions have left."""
-        return sum(line["version"] != __version__ for line in self._lines())
-
-    def _lines(self) -> Iterator[dict[str, Any]]:
-        return (line for _, line in read_lines(self.path, ("config_hash", "version")))
-
-    def append(self, line: dict[str, Any]) -> None:
-        """Add a line, whole or not at all; a file without its last line end gets it first.
-
-        Raises:
-            OSError: the disk takes no more; the file is as it was.
-        """
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path, "ab+", buffering=0) as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(size - 1, 0))
-            text = (b"" if file.read(1) in (b"", b"\n") else b"\n") + json.dumps(line).encode() + b"\n"
-            try:
-                if file.write(text) < len(text):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
-                os.fsync(file.fileno())
-            except OSError:
-                file.truncate(size)
-                raise
 
 
 def sweep(

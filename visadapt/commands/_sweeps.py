@@ -47,10 +47,10 @@ def run(args: argparse.Namespace) -> int:
     from ..benchmark.cells import Cell, cell_config
     from ..benchmark.recipes import methods, recipe
     from ..benchmark.report import write_report
-    from ..benchmark.results import RESULTS
+    from ..benchmark.results import RESULTS, Store
     from ..benchmark.search import share
     from ..benchmark.suites import SPLITS, suite
-    from ..benchmark.sweep import Store, sweep
+    from ..benchmark.sweep import sweep
     from ..benchmark.watch import Watch
     from ..registry import BACKBONES
 
@@ -83,9 +83,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _searched(args: argparse.Namespace, chosen, places: list, pool) -> list[dict | None]:
     """Hyperparameters of each (task, method), None where every trial failed."""
-    from ..benchmark.results import RESULTS
+    from ..benchmark.results import RESULTS, Store
     from ..benchmark.search import Study, search
-    from ..benchmark.sweep import Store
     from ..benchmark.watch import Watch
 
     studies = [Study(chosen, task, name, seeds(args)[0]) for task, name in places]

@@ -10,7 +10,7 @@ from typing import Any
 from ..errors import InputError, hint
 from ..registry import DATASETS
 from .base import ClassificationDataset, data_root, find_list
-from .video_sets import read_json
+from .files import read_json
 
 SPLITS = ("train", "val", "test")
 VAL_SHOTS = 4

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from ..errors import InputError, hint
 from ..registry import DATASETS
 from .base import ClassificationDataset, data_root
-from .video_sets import read_json
+from .files import read_json
 
 
 class FineGrained(NamedTuple):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -87,6 +89,18 @@ def read_text(path: Path) -> str:
         raise InputError(f"list file {path} is not UTF-8 text; give a text file with one image per line") from error
     except OSError as error:
         raise InputError(f"list file {path} cannot be read: {(error.strerror or str(error)).lower()}") from error
+
+
+def read_json(path: Path) -> Any:
+    """What a json file holds.
+
+    Raises:
+        InputError: it is not json.
+    """
+    try:
+        return json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}:{error.lineno}: not json: {error.msg.lower()}") from error
 
 
 def read_lines(path: Path) -> list[tuple[int, str]]:

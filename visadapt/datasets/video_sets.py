@@ -4,32 +4,19 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from ..errors import InputError, Notice, hint
 from ..registry import DATASETS
 from .base import data_root, find_list, read_lines
 from .clips import ClipDataset
-from .files import read_text
+from .files import read_json, read_text
 from .folder import class_of
 from .listfile import resolve_labels
 from .video_lists import Listed, list_rows, read_list
-
-
-def read_json(path: Path) -> Any:
-    """What a json file holds.
-
-    Raises:
-        InputError: it is not json.
-    """
-    try:
-        return json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}:{error.lineno}: not json: {error.msg.lower()}") from error
 
 
 class PublishedClips(ClipDataset):
