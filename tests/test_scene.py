@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import threading
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,7 @@ import torch
 
 from visadapt.datasets.files import UnreadableImage
 from visadapt.errors import InputError
-from visadapt.predict.windows import Grid
+from visadapt.predict.windows import Grid, RowBlend, ramp, starts
 
 rasterio = pytest.importorskip("rasterio")
 from scenes import ABC, VALUES, WHERE, noise, predict, read, scene_in, uneven, write  # noqa: E402
@@ -45,10 +47,10 @@ def blended(values, score, tile, overlap):
         weight[i] = weight[tile - 1 - i] = np.sin(np.pi / 2 * (i + 0.5) / edge) ** 2
 
     def firsts(size):
-        found = [0]
-        while found[-1] + tile < size:
-            found.append(min(found[-1] + tile - shared, size - tile))
-        return found
+        count = 2
+        while tile + (count - 1) * (tile - shared) < size:
+            count += 1
+        return [i * (size - tile) // (count - 1) for i in range(count)] if size > tile else [0]
 
     total, weights = 0.0, np.zeros(values.shape[1:])
     for y in firsts(values.shape[1]):
@@ -92,9 +94,9 @@ def test_seamless(run):
 def test_strips_of_columns(run):
     """A narrow budget cuts the scene into strips and changes nothing."""
     _, whole = run(uneven)
-    grid, _ = plan(230, 150, 3, 3, 64, 0.25, 3, memory=300_000)
+    grid, _ = plan(230, 150, 3, 3, 64, 0.25, 3, memory=1_000_000)
     assert grid.strips == 3
-    report, mask = run(uneven, memory=300_000)
+    report, mask = run(uneven, memory=1_000_000)
     assert (mask == whole).all()
     assert report.tiles > 5 * 3
 
@@ -188,7 +190,7 @@ def test_what_is_not_finite_has_no_class(run, tmp_path, dtype, hole):
 
 
 def test_tiles_without_data_are_not_scored(run, tmp_path):
-    values = noise(3, 64, 200)
+    values = noise(3, 64, 192)
     values[:, :, 64:] = 0
     scored = []
     run(lambda x: scored.append(len(x)) or x.float(), write(tmp_path / "half.tif", values, nodata=0), overlap=0)
@@ -248,16 +250,21 @@ def test_nothing_readable(run, scene, tmp_path):
 
 
 # the plan
-def test_plan_keeps_to_the_budget():
-    for width in (5_000, 20_000, 100_000):
-        grid, batch = plan(width, width, 4, 150, None, 0.25, None, 1 << 30)
-        widest = max(right - left for left, right in grid.columns())
-        assert widest * grid.tile * (4 * 150 + 16) <= 1 << 29
+@pytest.mark.parametrize("classes", [2, 10, 150])
+def test_plan_keeps_to_the_budget(classes):
+    held = []
+    for width in (5_000, 10_000, 20_000, 100_000):
+        grid, batch = plan(width, width, 4, classes, None, 0.25, None, 1 << 30)
+        blend = RowBlend(classes, ramp(grid.tile, grid.shared), grid.waiting(), grid.columns()[0], 255)
+        blend.add(0, 1, 1, torch.zeros(classes, grid.tile, grid.tile), torch.zeros(grid.tile, grid.tile) > 0)
+        tile, *strip = blend.window, blend.waiting, torch.from_numpy(blend.labels), torch.from_numpy(blend.unscored)
+        held.append(sum(t.nbytes for t in strip))
+        assert held[-1] <= 1 << 26 and tile.nbytes + held[-1] <= 1 << 29
         assert grid.columns()[0][0] == 0 and grid.columns()[-1][1] == width
-        assert batch * grid.tile**2 * (1024 + 8 * 154) <= 1 << 28
-    assert plan(10_000, 10_000, 4, 10, 512, 0.25, 4, 1 << 30)[0].strips == 1
+        assert batch * grid.tile**2 * (1024 + 8 * (4 + classes)) <= 1 << 28
+    assert max(held[1:]) - min(held[1:]) < 1 << 24
     with pytest.raises(
-        InputError, match=r"2 MB of memory are not enough for tiles of 512 px with 10 classes; allow 29"
+        InputError, match=r"2 MB of memory are not enough for tiles of 512 px with 10 classes; allow 39"
     ):
         plan(5000, 5000, 4, 10, 512, 0.25, None, 2_000_000)
 
@@ -265,7 +272,16 @@ def test_plan_keeps_to_the_budget():
 def test_every_tile_once_without_strips():
     jobs = [*Grid(230, 150, 64, 16).jobs(3, {})]
     assert sum(len(job.xs) for job in jobs) == 3 * 5
-    assert [job.until for job in jobs if job.until] == [48, 86, 150]
+    assert [job.until for job in jobs if job.last] == [43, 86, 150]
+
+
+@pytest.mark.parametrize("size, shared", [(150, 16), (1000, 16), (65, 0), (129, 63), (64, 32), (5, 16)])
+def test_tiles_are_spread_evenly(size, shared):
+    found = starts(size, 64, shared)
+    gaps = {b - a for a, b in pairwise(found)}
+    assert found[0] == 0 and found[-1] == max(0, size - 64)
+    assert not gaps or (max(gaps) <= 64 - shared and max(gaps) - min(gaps) <= 1)
+    assert len(found) == 1 + math.ceil(max(0, size - 64) / (64 - shared))
 
 
 # checks before the first call of the model

@@ -137,7 +137,7 @@ class GrowingMask:
         entry |= {"unreadable": sorted(self.scene.unreadable)}
         try:
             with open_raster(self.partial, "r+") as mask:
-                mask.write(labels.astype(self.dtype), 1, window=window)
+                mask.write(labels, 1, window=window)
             with open_raster(self.partial) as mask:  # GDAL closes a file without a word about blocks it could not write
                 if not np.array_equal(mask.read(1, window=window), labels):
                     raise OSError("the disk did not take it")

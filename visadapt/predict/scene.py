@@ -146,23 +146,25 @@ def predict_scene(
     if not classes or len(colors) != len(classes):
         raise InputError(f"{len(classes)} classes and {len(colors)} colours; a colour for each class is needed")
     reading = Bands(channels, bands, file_bands, nodata, fill)
-    with rasterio.Env(GDAL_CACHEMAX=memory // 8), closing(Scene(source, reading)) as scene:
-        grid, batch = plan(scene.width, scene.height, channels, len(classes), tile, overlap, batch, memory)
-        mask, scorer = GrowingMask(out, scene, classes, colors), Scorer(score, len(classes), batch)
-        if said := mask.start(_settings(source, scene, grid, classes, colors, key), resume):
-            say(said)
-        resumed = mask.share("pixels")
-        tiles = score_tiles(mask, scene, grid, scorer, progress)
-        if mask.unreadable and mask.share("nodata") == 1:
-            mask.discard()
-            raise UnreadableImage(f"{source} is damaged: none of its pixels can be read")
+    with rasterio.Env(GDAL_CACHEMAX=memory // 16):
+        with closing(Scene(source, reading)) as scene:
+            grid, batch = plan(scene.width, scene.height, channels, len(classes), tile, overlap, batch, memory)
+            mask, scorer = GrowingMask(out, scene, classes, colors), Scorer(score, len(classes), batch)
+            if said := mask.start(_settings(source, scene, grid, classes, colors, key), resume):
+                say(said)
+            resumed = mask.share("pixels")
+            tiles = score_tiles(mask, scene, grid, scorer, progress)
+            if mask.unreadable and mask.share("nodata") == 1:
+                mask.discard()
+                raise UnreadableImage(f"{source} is damaged: none of its pixels can be read")
         mask.publish()
+        shares = mask.shares()
     return SceneReport(
         *(out, scene.width, scene.height, grid.tile, scorer.batch, scorer.halvings, tiles, resumed),
         *(mask.share("nodata"), mask.counts["unscored"], sorted(mask.unreadable), scene.crs),
         *(time.perf_counter() - start, scorer.seconds),
         [f"the scene does not name its bands; taken as {listed(scene.taken)}"] if scene.taken else [],
-        mask.shares(),
+        shares,
     )
 
 
@@ -184,7 +186,8 @@ def _settings(
     about = source.stat()
     file = f"{source.resolve()} {about.st_size} {about.st_mtime_ns}"
     look = hashlib.sha256(repr(([*classes], [tuple(c) for c in colors])).encode()).hexdigest()
-    given = {"scene": file, "bands": scene.places, "tile": grid.tile, "overlap": grid.shared, "strips": grid.strips}
+    given = {"scene": file, "bands": scene.places}
+    given |= {"tile": grid.tile, "overlap": grid.shared, "strips": [left for left, _ in grid.columns()]}
     for name, value in {"nodata": scene.bands.nodata, "fill": scene.bands.fill}.items():
         given[name] = None if value is None else str(value)  # a NaN is not equal to itself
     return given | {"classes": look, "model": key}

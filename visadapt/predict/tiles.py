@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
+from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..errors import InputError
-from .windows import Grid, Job, RowBand, ramp
+from .windows import Grid, Job, RowBlend, ramp
 
 MEMORY = 1 << 30
 """Bytes for everything but the model's weights, where nothing else is said."""
@@ -109,8 +110,9 @@ def plan(
 
     Of the budget a quarter is the model's, which is taken to need 1024 + 8 C + 8 K bytes per pixel of its batch: this
     gives the tile where none is set (a multiple of 32, up to 1024, and no longer than the scene, so that a scene that
-    fits is one tile) and the batch (up to 16). Half is for the band of rows, which decides on the strips of columns.
-    An eighth is for the cache of the file's blocks, and the rest is slack.
+    fits is one tile) and the batch (up to 16). A sixteenth is for the cache of the file's blocks, and another for
+    what is held of a strip of columns, which decides on their number, so that the memory in use does not grow with the
+    scene. The sums over a tile and the narrowest of strips, as wide as a tile, may take half.
 
     Returns:
         The grid, and the batch.
@@ -127,16 +129,17 @@ def plan(
     if tile is None:
         fits = int((memory / 4 / per_pixel) ** 0.5) // 32 * 32
         tile = max(32, min(fits, 1024, -(-max(width, height) // 32) * 32))
-    row = tile * (4 * classes + RowBand.PER_PIXEL)  # bytes per column of the band
-    if tile * row > memory // 2:
+    shared = min(int(overlap * tile), tile - 1)
+    grid = Grid(width, height, tile, shared)
+    held, column = RowBlend.sizes(tile, classes, grid.waiting())
+    if held + tile * column > memory // 2:
         raise InputError(
             f"{memory / 1e6:.0f} MB of memory are not enough for tiles of {tile} px with {classes} classes; "
-            f"allow {2 * tile * row / 1e6:.0f} MB or use a smaller tile"
+            f"allow {2 * (held + tile * column) / 1e6:.0f} MB or use a smaller tile"
         )
     if batch is None:
         batch = max(1, min(16, int(memory / 4 / per_pixel / tile**2)))
-    shared = min(int(overlap * tile), tile - 1)
-    return Grid(width, height, tile, shared, strips=-(-width * row // (memory // 2))), batch
+    return replace(grid, strips=-(-width * column // max(memory // 16, tile * column))), batch
 
 
 def named_shares(counts: np.ndarray, pixels: int, classes: Sequence[str]) -> dict[str, float]:
@@ -188,21 +191,18 @@ def score_tiles(target: Target, source: Source, grid: Grid, scorer: Scorer, prog
         return torch.from_numpy(np.stack(values)), torch.from_numpy(np.stack(empty))
 
     jobs = [*grid.jobs(scorer.batch, target.done)]
-    weights, band, count = ramp(grid.tile, grid.shared), None, sum(len(job.xs) for job in jobs)
+    weights, blend, count = ramp(grid.tile, grid.shared), None, sum(len(job.xs) for job in jobs)
     bar = tqdm(total=count, unit="tile", disable=not (progress and sys.stderr.isatty()), leave=False)
     # closed here, also when the model fails: the thread must not read on from a file that is closed next
     with bar, closing(ahead(read, jobs)) as batches:
         for job, (tiles, empty) in batches:
-            if band is None or band.strip != job.strip:
-                band = RowBand(scorer.classes, weights, job.strip, job.y)
-            for x, nothing in zip(job.xs, empty):
-                band.mark(x, nothing)
-            full = [i for i, nothing in enumerate(empty) if not nothing.all()]
-            for i, scores in zip(full, scorer(tiles[full])):
-                band.add(job.xs[i], scores)
-            if job.until is not None:
-                top = band.top
-                labels, unscored = band.finish(job.until, target.nodata)
-                target.write(labels.numpy(), unscored.numpy(), job.strip[0], top)
+            if blend is None or blend.strip != job.strip:
+                blend = RowBlend(scorer.classes, weights, grid.waiting(), job.strip, target.nodata)
+            rows, full = job.until - job.y, [not nothing.all() for nothing in empty]
+            scores = scorer(tiles[full])
+            for x, end, nothing, scored in zip(job.xs, job.ends, empty, full):
+                blend.add(x, end, rows, next(scores) if scored else None, nothing)
+            if job.last:
+                target.write(blend.labels[:rows], blend.unscored[:rows], job.strip[0], job.y)
             bar.update(len(job.xs))
     return count

@@ -1,12 +1,13 @@
-"""Tiles over a scene, the weights that blend them, and the sums of one band of rows.
+"""Tiles over a scene, the weights that blend them, and the sums of what is not finished.
 
-Tiles of side t start every t - s pixels, s being what neighbours share; the last of a row or column is moved back into
-the scene. A pixel's class is the highest of the weighted sums over its tiles, sum_i w_i(y) w_i(x) score_i(y, x). The
-average would divide all classes of a pixel by the same sum of weights, which changes no order, and is not formed.
+Tiles of side t are spread evenly over each side of the scene, at most t - s pixels apart, so that neighbours share s
+pixels or little more. A pixel's class is the highest of the weighted sums over its tiles, sum_i w_i(y) w_i(x)
+score_i(y, x). The average would divide all classes of a pixel by the same sum of weights, which changes no order, and
+is not formed.
 
-What is held is one band of t rows. A scene that is too wide for the memory is cut into strips of columns, one after
-the other. Tiles that cross the border of two strips are scored once for each: one or two columns of tiles per
-border where neighbours share up to half a tile.
+What is held is a tile, and the rows that one row of tiles shares with the next. A scene that is too wide for the
+memory is cut into strips of columns, one after the other. Tiles that cross the border of two strips are scored once
+for each: one or two columns of tiles per border where neighbours share up to half a tile.
 """
 
 from __future__ import annotations
@@ -16,13 +17,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
+import numpy as np
 import torch
 from torch import Tensor
 
 
 def starts(size: int, tile: int, shared: int) -> list[int]:
     """First pixels of the tiles along one side of the scene; 0 alone where the scene is no longer than a tile."""
-    return [*range(0, size - tile, tile - shared), max(0, size - tile)]
+    span = max(0, size - tile)
+    gaps = max(1, -(-span // (tile - shared)))
+    return [span * i // gaps for i in range(gaps + 1)] if span else [0]
 
 
 def ramp(tile: int, shared: int) -> Tensor:
@@ -45,14 +49,18 @@ class Job:
     Attributes:
         strip: first and past-the-end column of the strip that they are for.
         y: first row.
+        until: rows of the scene above this one are complete after the last tile of the row.
         xs: first columns.
-        until: rows of the strip above this one are complete afterwards; None where tiles of the same row follow.
+        ends: columns of the strip before these are complete after the tile, as far down as `until`.
+        last: no tile of the same row follows.
     """
 
     strip: tuple[int, int]
     y: int
+    until: int
     xs: list[int]
-    until: int | None
+    ends: list[int]
+    last: bool
 
 
 @dataclass(frozen=True)
@@ -63,7 +71,7 @@ class Grid:
         width: of the scene, in pixels.
         height: likewise.
         tile: side of a tile.
-        shared: pixels that neighbours share.
+        shared: pixels that neighbours share at least.
         strips: number of strips of columns.
     """
 
@@ -72,6 +80,14 @@ class Grid:
     tile: int
     shared: int
     strips: int = 1
+
+    def rows(self) -> list[int]:
+        """First rows of the tiles."""
+        return starts(self.height, self.tile, self.shared)
+
+    def waiting(self) -> int:
+        """Rows, at most, that a row of tiles shares with the next."""
+        return max((self.tile - (b - a) for a, b in pairwise(self.rows())), default=0)
 
     def columns(self) -> list[tuple[int, int]]:
         """First and past-the-end column of every strip."""
@@ -86,75 +102,94 @@ class Grid:
             done: rows that are finished already, by the first column of the strip. Work starts with the first row of
                 tiles that reaches below them, so that the sums are those of an unbroken run.
         """
-        ys = starts(self.height, self.tile, self.shared)
+        ys = self.rows()
         for left, right in self.columns():
             finished = done.get(left, 0)
             xs = [x for x in starts(self.width, self.tile, self.shared) if x < right and x + self.tile > left]
-            for y, below in zip(ys, [*ys[1:], self.height]):
+            ends = [max(x, left) for x in xs[1:]] + [right]
+            for y, until in zip(ys, [*ys[1:], self.height]):
                 if finished < self.height and y + self.tile > finished:
                     for i in range(0, len(xs), batch):
-                        last = i + batch >= len(xs)
-                        yield Job((left, right), y, xs[i : i + batch], below if last else None)
+                        part = slice(i, i + batch)
+                        yield Job((left, right), y, until, xs[part], ends[part], i + batch >= len(xs))
 
 
-class RowBand:
-    """Weighted sums of scores over the rows of one row of tiles, within one strip of columns.
+class RowBlend:
+    """Blends rows of tiles, one after the other, within one strip of columns.
 
-    It takes tile * width * (4 K + `PER_PIXEL`) bytes, on the device of the scores.
+    A window of a tile's size slides along the row and holds the sums of the columns that the tile at hand covers.
+    Columns that no later tile of the row reaches leave it: the rows that no lower tile reaches get their classes, the
+    sums of the others wait for the next row of tiles. Sums are on the device of the scores.
 
     Args:
         classes: K.
         weights: (t,) of a tile along one side.
+        waiting: rows, at most, that a row of tiles shares with the next.
         strip: first and past-the-end column.
-        top: row of the scene at which the band starts.
+        nodata: the value of pixels without a class.
     """
 
-    PER_PIXEL = 16
-    """Bytes beside the sums: what is empty, and the highest score and its class when rows are finished."""
+    def __init__(self, classes: int, weights: Tensor, waiting: int, strip: tuple[int, int], nodata: int) -> None:
+        self.classes, self.weights, self.strip, self.nodata = classes, weights, strip, nodata
+        self.rows, self.loaded = waiting, strip[0]
+        self.window: Tensor | None = None  # made with the first scores, where they are, as is what waits
+        side, width = len(weights), strip[1] - strip[0]
+        self.labels = np.empty((side, width), np.min_scalar_type(nodata))
+        self.unscored = np.empty((side, width), bool)
 
-    def __init__(self, classes: int, weights: Tensor, strip: tuple[int, int], top: int) -> None:
-        self.classes, self.weights, self.strip, self.top = classes, weights, strip, top
-        self.sums: Tensor | None = None  # made with the first scores, where they are
-        self.empty = torch.ones(len(weights), strip[1] - strip[0], dtype=torch.bool)
+    @staticmethod
+    def sizes(tile: int, classes: int, waiting: int) -> tuple[int, int]:
+        """Bytes that are held, and further ones per column of the strip; those of writing its classes included."""
+        return tile**2 * (4 * classes + 16), 4 * classes * waiting + 8 * tile
 
-    def _columns(self, x: int) -> tuple[slice, slice]:
-        """Columns of the band that the tile at column x covers, and those of the tile that lie in the band."""
-        left, right = max(x, self.strip[0]), min(x + len(self.weights), self.strip[1])
-        return slice(left - self.strip[0], right - self.strip[0]), slice(left - x, right - x)
+    def add(self, x: int, end: int, rows: int, scores: Tensor | None, empty: Tensor) -> None:
+        """Take the next tile of the row.
 
-    def mark(self, x: int, empty: Tensor) -> None:
-        """Say which pixels (t, t) of the tile at column x get no class; every tile of a row has to be marked."""
-        here, there = self._columns(x)
-        self.empty[:, here] = empty[:, there]
-
-    def add(self, x: int, scores: Tensor) -> None:
-        """Add the scores (K, t, t) of the tile at column x."""
-        if self.sums is None:
-            self.sums = torch.zeros(self.classes, *self.empty.shape, device=scores.device)
-            self.weights = self.weights.to(scores.device)
-        here, there = self._columns(x)
-        weights = self.weights[:, None] * self.weights[there]
-        self.sums[:, :, here].addcmul_(scores[:, :, there].float(), weights)
-
-    def finish(self, until: int, nodata: int) -> tuple[Tensor, Tensor]:
-        """Take the rows of the scene above `until`, and move the band down to there.
-
-        Returns:
-            Classes (rows, width) int64 with `nodata` where there is none, and where that is so because the scores are
-            not finite.
+        Args:
+            x: its first column.
+            end: columns before this one are complete with it.
+            rows: of the tile, those that are complete with its row of tiles.
+            scores: (K, t, t), None where all of the tile is empty.
+            empty: (t, t), the pixels that get no class.
         """
-        rows = until - self.top
-        empty = self.empty[:rows].clone()
-        unscored = torch.zeros_like(empty)
-        if self.sums is None:
-            labels = torch.full(empty.shape, nodata)
-        else:
-            best, labels = (found.cpu() for found in self.sums[:, :rows].max(0))
-            unscored = ~best.isfinite() & ~empty  # a NaN is the highest of its pixel
-            labels[empty | unscored] = nodata
-            kept = self.sums.shape[1] - rows
-            for plane in self.sums:  # one class at a time, for the memory of the copy
-                plane[:kept] = plane[rows:].clone()
-                plane[kept:] = 0
-        self.top = until
-        return labels, unscored
+        first, last = self.strip
+        left, right = max(x, first), min(x + len(self.weights), last)
+        if scores is not None and self.window is None:
+            self._allocate(scores.device)
+        here, there = slice(left - first, end - first), slice(left - x, end - x)
+        self.labels[:rows, here], self.unscored[:rows, here] = self.nodata, False
+        if self.window is not None:
+            self._load(left, right)
+            if scores is not None:
+                weights = self.weights[:, None] * self.weights[left - x : right - x]
+                self.window[:, :, : right - left].addcmul_(scores[:, :, left - x : right - x].float(), weights)
+            self._classify(here, rows, empty[:rows, there])
+            self._pass_on(here, rows, right - left)
+        self.loaded = right if end < last else first
+
+    def _allocate(self, device: torch.device) -> None:
+        side, width = self.labels.shape
+        self.window = torch.zeros(self.classes, side, side, device=device)
+        self.waiting = torch.zeros(self.classes, self.rows, width, device=device)
+        self.weights = self.weights.to(device)
+
+    def _load(self, left: int, right: int) -> None:
+        """Put the sums that wait for columns up to `right` into the window, which starts at `left`."""
+        new = self.window[:, :, self.loaded - left : right - left]
+        new[:, : self.rows] = self.waiting[:, :, self.loaded - self.strip[0] : right - self.strip[0]]
+        new[:, self.rows :] = 0
+
+    def _classify(self, here: slice, rows: int, empty: Tensor) -> None:
+        """Give the complete pixels at the window's upper left their classes."""
+        best, labels = (found.cpu() for found in self.window[:, :rows, : empty.shape[1]].max(0))
+        unscored = ~best.isfinite() & ~empty  # a NaN is the highest of its pixel
+        labels[empty | unscored] = self.nodata
+        self.labels[:rows, here], self.unscored[:rows, here] = labels.numpy(), unscored.numpy()
+
+    def _pass_on(self, here: slice, rows: int, width: int) -> None:
+        """Let the rows below the complete ones wait, and move the window, of which `width` columns are in use."""
+        done = here.stop - here.start
+        below = self.window[:, rows : rows + self.rows, :done]
+        self.waiting[:, : below.shape[1], here] = below
+        self.waiting[:, below.shape[1] :, here] = 0
+        self.window[:, :, : width - done] = self.window[:, :, done:width].clone()
