@@ -95,6 +95,20 @@ def test_near_nodes_far_from_zero_keep_their_distance():
     )
 
 
+def test_attended_values_come_with_the_sums(monkeypatch):
+    monkeypatch.setitem(laplacian.BLOCK, "cpu", 4 * 5 * 7)
+    probs, _, fv = given(own=True)
+    values = [probs.requires_grad_(), fv.requires_grad_(), random(6, 7, 4, seed=5).requires_grad_()]
+    probs, fv, x = values
+    p = torch.tensor(1.5, dtype=torch.float64)
+    both = LaplacianSums.apply(probs, fv[:, 2:], fv, p, True, False, x)
+    apart = LaplacianSums.apply(probs, fv[:, 2:], fv, p, True, False), probs @ x
+    given_back = [random(*y.shape, seed=6) for y in apart]
+    assert all(torch.equal(one, other) for one, other in zip(both, apart))
+    for one, other in zip(*(torch.autograd.grad(y, values, given_back) for y in (both, apart)), strict=True):
+        assert_close(one, other)
+
+
 @pytest.mark.parametrize("loops", [True, False])
 def test_blocks_change_nothing(monkeypatch, loops):
     values = given(own=True)
@@ -182,7 +196,7 @@ def test_values_across_are_pooled_to_the_given_number():
     q, k, v, _ = module.project(x, twice)
     probs, h = attention_probs(q, k, None), module.output(attention_probs(q, k, None) @ v, x)
     nodes = module.output(torch.cat([q, v[:, :, ::2]], 2), x)
-    assert_close(module(x, twice), h + piece.messages(h, piece.inner(nodes), probs[..., ::2]))
+    assert_close(module(x, twice), piece.mix(h, *piece.gather(piece.inner(nodes), probs[..., ::2])))
 
 
 @pytest.mark.parametrize("more", ["nothing", "a hook", "another adapter", "few rows"])

@@ -9,7 +9,8 @@ import torch
 from cases import TINY
 from small import zeroi2v_state
 
-from visadapt.adapters.zeroi2v import OFFSETS, ZeroI2V
+from visadapt.adapters._common.shifted_attention import ShiftFrames
+from visadapt.adapters.zeroi2v import OFFSETS, LinearAdapter, ZeroI2V
 from visadapt.backbones.timm_vit import TimmViT
 from visadapt.convert import convert
 from visadapt.convert.zeroi2v import zeroi2v_keys
@@ -59,6 +60,63 @@ def test_frames_see_the_frames_that_their_offsets_name():
             one_block.backbone.body.blocks = one_block.backbone.body.blocks[:1]
             a, b = one_block(x).tokens, one_block(other).tokens
         assert {t for t in range(4) if difference(a[t], b[t]) > 1e-4} == seen
+
+
+def shifted(x, offsets):
+    """x (clips, frames, windows, heads, L, head_dim), head by head and frame by frame."""
+    table = [offset for offset, heads in offsets for _ in range(heads)] + [0] * x.shape[3]
+    frames = x.shape[1]
+    rows = [[t - d if 0 <= t - d < frames else t for d in table[: x.shape[3]]] for t in range(frames)]
+    heads = range(x.shape[3])
+    return torch.stack([torch.stack([x[:, row[h], :, h] for h in heads], 2) for row in rows], 1)
+
+
+@pytest.mark.parametrize("offsets", [((1, 1), (-1, 2)), ((-3, 1), (2, 1), (1, 1)), ((3, 5),)])
+def test_shift_and_its_gradient(offsets):
+    x = torch.randn(2, 4, 3, 5, 2, 2, dtype=torch.float64, requires_grad=True)
+    x = x.transpose(3, 4).contiguous().transpose(3, 4)  # as heads lie in a fused projection
+    found, wanted = ShiftFrames.apply(x, offsets), shifted(x, offsets)
+    assert torch.equal(found, wanted)
+    cotangent = torch.randn_like(wanted)
+    assert_close(*(torch.autograd.grad(y, x, cotangent)[0] for y in (found, wanted)))
+
+
+def linear_adapter(dropout, dim=24, width=6):
+    torch.manual_seed(0)
+    module = LinearAdapter(dim, width, 0.5, dropout).double()
+    for p in module.parameters():
+        torch.nn.init.normal_(p)
+    return module
+
+
+@pytest.mark.parametrize("shape", [(7,), (2, 5), (2, 3, 4)])
+def test_gradients_of_a_linear_adapter(shape):
+    module, x = linear_adapter(0.0), torch.randn(*shape, 24, dtype=torch.float64, requires_grad=True)
+    y = module(x)
+    plain = x + 0.5 * module.up(module.down(x))
+    assert_close(y, plain)
+    cotangent, over = torch.randn_like(y), [x, *module.parameters()]
+    for found, wanted in zip(*(torch.autograd.grad(z, over, cotangent) for z in (y, plain)), strict=True):
+        assert_close(found, wanted)
+
+
+def test_dropout_of_a_linear_adapter():
+    """Each inner value is kept or not, scaled so that the mean stays, with the gradient of those that are kept."""
+    module, x = linear_adapter(0.3).train(), torch.randn(4000, 24, dtype=torch.float64)
+    with torch.no_grad():
+        module.up.weight.copy_(torch.eye(24, 6)), module.up.bias.zero_()
+    y, z = module(x), module.down(x)
+    ratio = (y - x)[:, :6] / z
+    kept = ratio > 0.1
+    assert_close(ratio[kept] * 2 * 0.7, torch.ones_like(ratio[kept]), "", 1e-4)
+    assert_close(ratio[~kept], torch.zeros_like(ratio[~kept]))
+    assert 0.69 < kept.double().mean() < 0.71
+    assert (kept.double().mean(0) - 0.7).abs().max() < 0.04  # each of the four values in a word
+    together = (kept[:, 1:] & kept[:, :-1]).double().mean()
+    assert abs(together - 0.49) < 0.02
+    (by_bias,) = torch.autograd.grad((y - x)[:, :6].sum(), module.down.bias)
+    assert_close(by_bias, ratio.sum(0))
+    assert_close(module.eval()(x), x + 0.5 * module.up(module.down(x)))
 
 
 def test_clips_of_one_batch_do_not_mix():

@@ -115,7 +115,7 @@ def graph(kit):
     _, piece, names = attached(kit, "xattn" if cross else "attn")
     h, nodes = linear(kit, "dense", fed["context"]), linear(kit, "dense", fed["nodes"])
     probs = fed["attn"][:, :, :q, q:] if cross else fed["attn"]
-    return closed(kit, h + piece.messages(h, piece.inner(nodes), probs), fed["residual"], piece, names)
+    return closed(kit, piece.mix(h, *piece.gather(piece.inner(nodes), probs)), fed["residual"], piece, names)
 
 
 def ffn(kit):

@@ -60,32 +60,47 @@ class LaplacianAttention(AttnCore):
 
     def run(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, output: Output, ctx: Context) -> Tensor:
         probs = attention_probs(q, k, bias)
+        if not self.cross:
+            f, sums, o = self.gather(output.then(self.inner, v), probs, v)
+            return self.mix(output(o), f, sums)
         h = output(probs.to(v.dtype) @ v)
         if self.length is not None:
             probs, v = pool_keys(probs, self.length), pool_keys(v.mT, self.length).mT
-        nodes = output.then(self.inner, torch.cat([q, v], 2) if self.cross else v)
-        return h + self.messages(h, nodes, probs).to(h.dtype)
+        return self.mix(h, *self.gather(output.then(self.inner, torch.cat([q, v], 2)), probs))
 
-    def messages(self, h: Tensor, nodes: Tensor, probs: Tensor) -> Tensor:
-        """What is added to h.
+    def gather(self, nodes: Tensor, probs: Tensor, v: Tensor | None = None) -> tuple[Tensor, ...]:
+        """Messages and weights that the queries get, and what attention makes of v.
 
         Args:
-            h: the attention's output (B, q, D).
             nodes: W_i P X: queries and then values (B, q + k, width) in cross-attention, else values (B, k, width).
             probs: attention (B, H, q, k); in self-attention the queries are the last q of the k nodes.
+            v: (B, H, k, d) or None.
+
+        Returns:
+            Features of the queries (B, H, q, c), sums (B, H, q, c + 1), and probs @ v where v is given.
         """
-        (batch, heads, q, k), dtype = probs.shape, self.up.weight.dtype
-        work = torch.promote_types(dtype, torch.float32)  # powers of small distances leave half precision
-        with torch.autocast(h.device.type, enabled=False):
+        (batch, heads, q, k), work = probs.shape, self.work
+        with torch.autocast(probs.device.type, enabled=False):
             f = nodes.to(work).unflatten(-1, (heads, -1)).transpose(1, 2).flatten(0, 1)
             fq, fv = f.split([q, k], 1) if self.cross else (f[:, -q:], f)
-            p, m = self.p.to(work), self.m.to(work)
-            sums = LaplacianSums.apply(probs.to(work).flatten(0, 1), fq, fv, p, not self.cross, self.loops)
-            given, floor = sums[..., :-1], 2 * self.mu0 * (2 + m.tanh()) / p
+            given = probs.to(work).flatten(0, 1), fq, fv, self.p.to(work), not self.cross, self.loops
+            found = [LaplacianSums.apply(*given)] if v is None else LaplacianSums.apply(*given, v.flatten(0, 1))
+        return tuple(x.unflatten(0, (batch, heads)) for x in (fq, *found))
+
+    def mix(self, h: Tensor, fq: Tensor, sums: Tensor) -> Tensor:
+        """The attention's output h (B, q, D) with what is added to it."""
+        dtype = self.up.weight.dtype
+        with torch.autocast(h.device.type, enabled=False):
+            given, floor = sums[..., :-1], 2 * self.mu0 * (2 + self.m.to(self.work).tanh()) / self.p.to(self.work)
             if self.beta:
                 given = given + floor * fq
-            mixed = (given / (sums[..., -1:] + floor)).unflatten(0, (batch, heads)).transpose(1, 2).flatten(2)
-            return self.up(F.gelu(self.gate(h.to(dtype))) * mixed.to(dtype))
+            mixed = (given / (sums[..., -1:] + floor)).transpose(1, 2).flatten(2)
+            return self.up(F.gelu(self.gate(h.to(dtype))) * mixed.to(dtype)).to(h.dtype).add_(h)
+
+    @property
+    def work(self) -> torch.dtype:
+        """float32 or more: powers of small distances leave half precision."""
+        return torch.promote_types(self.up.weight.dtype, torch.float32)
 
 
 class ParallelFFN(Tokens):

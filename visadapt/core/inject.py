@@ -152,7 +152,7 @@ class WeightForward:
         return run_with(self.module, x, *effective(self.module.weight, self.module.bias, pieces))
 
     def _sparse(self, x: Tensor, pieces: list[Delta], sparse: list[Entries]) -> Tensor:
-        x, weight, bias, *values = _in_autocast(x, self.module.weight, self.module.bias, *(e.values for e in sparse))
+        x, weight, bias, *values = in_autocast(x, self.module.weight, self.module.bias, *(e.values for e in sparse))
         rows, scales = tuple(p.site.rows or (0, weight.shape[0]) for p in pieces), tuple(p.scale for p in pieces)
         with torch.autocast(x.device.type, enabled=False):
             if not torch.is_grad_enabled():
@@ -167,7 +167,7 @@ class WeightForward:
                 y = add_rows(y, piece.scale * piece(x), piece.site.rows)
             return y
         factors = (t for a, b, _ in low_rank for t in (a, b))
-        x, weight, bias, *factors = _in_autocast(x, module.weight, module.bias, *factors)
+        x, weight, bias, *factors = in_autocast(x, module.weight, module.bias, *factors)
         rows = tuple(p.site.rows or (0, weight.shape[0]) for p in pieces)
         scales = tuple(p.scale * s for p, (_, _, s) in zip(pieces, low_rank))
         with torch.autocast(x.device.type, enabled=False):
@@ -176,7 +176,7 @@ class WeightForward:
             return LowRankLinear.apply(x, weight, bias, rows, scales, *factors)
 
 
-def _in_autocast(x: Tensor, *others: Tensor | None) -> list[Tensor | None]:
+def in_autocast(x: Tensor, *others: Tensor | None) -> list[Tensor | None]:
     """The tensors in the dtype that products have at the moment."""
     if not torch.is_autocast_enabled(x.device.type):
         return [x, *others]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from itertools import repeat
 
 import torch
 import torch.nn.functional as F
@@ -44,16 +45,22 @@ def _product(a: Tensor, x: Tensor) -> Tensor:
     return (x.mT @ a.mT).mT
 
 
-def _slope(root: Tensor, d2: Tensor, fq: Tensor, fv: Tensor) -> tuple[Tensor, Tensor]:
-    """For d = F_j - F_i: e sum_c d, and sqrt(A + e) |d|^2 + e sum_c d, half the slope of s by sqrt(A + e)."""
-    shift = (EPS * fv.sum(-1))[..., None, :] - EPS * fq.sum(-1, keepdim=True)
-    return shift, torch.addcmul(shift, root, d2)
+def _low(f: Tensor) -> Tensor:
+    """2 e sum_c F, (N, n)."""
+    return f.sum(-1).mul_(2 * EPS)
 
 
-def _square(root: Tensor, slope: Tensor, shift: Tensor, channels: int) -> Tensor:
-    """s = ||sqrt(A + e) d + e||^2 = (A + e) |d|^2 + 2 e sqrt(A + e) sum_c d + c e^2."""
-    s = (slope + shift).mul_(root).add_(channels * EPS**2)
-    return s.clamp_min_(1e-7 * channels * EPS**2)  # rounding could take a sum near 0 below it
+def _squares(a: Tensor, d2: Tensor, low_q: Tensor, low_v: Tensor, channels: int) -> tuple[Tensor, ...]:
+    """s = ||r d + e||^2 = r (r |d|^2 + 2 e sum_c d) + c e^2 for d = F_j - F_i, with r = sqrt(A + e), and its parts.
+
+    Returns:
+        s, r, the bracket, and its second term.
+    """
+    root = (a + EPS).sqrt_()
+    shift = low_v[:, None] - low_q[..., None]
+    inner = torch.addcmul(shift, root, d2)
+    s = torch.addcmul(inner.new_full((), channels * EPS**2), inner, root)
+    return s.clamp_min_(1e-7 * channels * EPS**2), root, inner, shift  # rounding could take a sum near 0 below it
 
 
 def _diagonal(x: Tensor) -> Tensor:
@@ -75,60 +82,85 @@ class LaplacianSums(torch.autograd.Function):
         p: scalar.
         own: the queries are the last q of the values.
         loops: messages of a node to itself count; with `own` only.
+        x: (N, k, d) or None. Where it is given, A x comes with the sums, in the dtype of x: of two separate products,
+            the gradients by A would be added in a pass of its own.
     """
 
     @staticmethod
-    def forward(ctx, probs: Tensor, fq: Tensor, fv: Tensor, p: Tensor, own: bool, loops: bool) -> Tensor:
-        step, sums, distances = _step(probs), [], []
-        for a, i, j in _blocks(step, probs, fq, fv):
+    def forward(
+        ctx, probs: Tensor, fq: Tensor, fv: Tensor, p: Tensor, own: bool, loops: bool, x: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        step, sums, distances, power = _step(probs), [], [], p / 2 - 1
+        for a, i, j, *low, ones in _blocks(step, probs, fq, fv, _low(fq), _low(fv), _with_ones(fv)):
             d2 = torch.cdist(i, j, compute_mode="donot_use_mm_for_euclid_dist").square_()
-            root = (a + EPS).sqrt_()
-            shift, slope = _slope(root, d2, i, j)
-            weights = _square(root, slope, shift, j.shape[-1]).log2_().mul_(p / 2 - 1).exp2_().mul_(a)
+            s, *_ = _squares(a, d2, *low, j.shape[-1])
+            weights = s.log2_().mul_(power).exp2_().mul_(a)
             if own and not loops:
                 _diagonal(weights).zero_()
-            sums.append(_product(weights, _with_ones(j)))
+            sums.append(_product(weights, ones))
             distances.append(d2)
-        ctx.save_for_backward(probs, fq, fv, p, *distances)
+        ctx.save_for_backward(probs, fq, fv, p, x, *distances)
         ctx.own, ctx.loops, ctx.step = own, loops, step
-        return torch.cat(sums)
+        return torch.cat(sums) if x is None else (torch.cat(sums), probs.to(x.dtype) @ x)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor):
-        probs, fq, fv, p, *distances = ctx.saved_tensors
-        by_probs = torch.empty_like(probs)
-        blocks = zip(_blocks(ctx.step, grad, probs, fq, fv, by_probs), distances)
+    def backward(ctx, grad: Tensor, grad_x: Tensor | None = None):
+        probs, fq, fv, p, x, *distances = ctx.saved_tensors
+        by_probs, by_x, found = torch.empty_like(probs), None, []
+        ones_q, ones_v = _with_ones(fq), _with_ones(fv)
+        blocks = _blocks(ctx.step, by_probs, grad, probs, ones_q, ones_v, _low(fq), _low(fv))
+        products = repeat(None) if x is None else _blocks(ctx.step, grad_x, x)
         with torch.autocast(grad.device.type, enabled=False):
-            by_fq, by_fv, by_p = zip(*(_gradients(*block, d2, p, ctx.own, ctx.loops) for block, d2 in blocks))
-        return by_probs, torch.cat(by_fq), torch.cat(by_fv), torch.stack(by_p).sum(), None, None
+            for block, d2, product in zip(blocks, distances, products):
+                found.append(_gradients(*block, d2, p / 2 - 1, ctx.own, ctx.loops))
+                if product is not None:
+                    by_a, (g, values) = block[0], product
+                    by_a.baddbmm_(g.to(by_a.dtype), values.to(by_a.dtype).mT)
+            if x is not None:
+                by_x = probs.to(x.dtype).mT @ grad_x
+        sent, to_q, to_v, even_q, even_v, by_power = map(torch.cat, zip(*found))
+        by_fq = 2 * (fq * to_q[..., -1:] - to_q[..., :-1] - EPS * even_q[..., None])
+        by_fv = sent + 2 * (fv * to_v[..., -1:] - to_v[..., :-1] + EPS * even_v[..., None])
+        return by_probs, by_fq, by_fv, by_power.sum() * (math.log(2) / 2), None, None, by_x
 
 
 def _gradients(
-    grad: Tensor, a: Tensor, fq: Tensor, fv: Tensor, by_a: Tensor, d2: Tensor, p: Tensor, own: bool, loops: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients by F_i, F_j and p of one block; that by A goes to `by_a`."""
-    ones_q, ones_v = _with_ones(fq), _with_ones(fv)
-    root = (a + EPS).sqrt_()
-    shift, slope = _slope(root, d2, fq, fv)
-    s = _square(root, slope, shift, fv.shape[-1])
+    by_a: Tensor,
+    grad: Tensor,
+    a: Tensor,
+    ones_q: Tensor,
+    ones_v: Tensor,
+    low_q: Tensor,
+    low_v: Tensor,
+    d2: Tensor,
+    power: Tensor,
+    own: bool,
+    loops: bool,
+) -> tuple[Tensor, ...]:
+    """Of one block; what goes to A is written to `by_a`.
+
+    Returns:
+        What goes to F_j past the weights (N, k, c); sums of the pull of the distances, with the nodes at the other end
+        and without, (N, q, c + 1) and (N, k, c + 1); what goes alike to all channels of F_i and F_j, (N, q) and
+        (N, k); and to the power, by base 2, (1,).
+    """
+    s, root, inner, shift = _squares(a, d2, low_q, low_v, ones_v.shape[-1] - 1)
     log = s.log2()
-    g = (log * (p / 2 - 1)).exp2_()
+    g = (log * power).exp2_()
     if own and not loops:
         _diagonal(g).zero_()
     weights, by_weight = g * a, grad @ ones_v.mT
-    by_fv = _product(weights.mT, grad[..., :-1])
+    sent = _product(weights.mT, grad[..., :-1])
     by_log = weights.mul_(by_weight)
-    by_p = torch.dot(by_log.flatten(), log.flatten()) * (math.log(2) / 2)
-    by_s = by_log.mul_(p / 2 - 1).div_(s)
+    by_power = torch.dot(by_log.flatten(), log.flatten())
+    by_s = by_log.mul_(power).div_(s)
     if own:
         _diagonal(by_s).zero_()
+    slope = inner.sub_(shift, alpha=0.5)  # half of that of s by r
     torch.addcmul(g.mul_(by_weight), by_s, slope.div_(root), out=by_a)
     by_s.mul_(root)
-    even_q, even_v = by_s.sum(-1)[..., None], by_s.sum(-2)[..., None]  # alike in all channels
-    # The sign is 0 for equal nodes, between which the products would be huge terms of both signs.
-    pull = by_s.mul_(root).mul_(d2.sign())
-    to_q, to_v = _product(pull, ones_v), _product(pull.mT, ones_q)
-    by_fq = 2 * (fq * to_q[..., -1:] - to_q[..., :-1] - EPS * even_q)
-    by_fv = by_fv + 2 * (fv * to_v[..., -1:] - to_v[..., :-1] + EPS * even_v)
-    return by_fq, by_fv, by_p
+    even_q, even_v = by_s.sum(-1), by_s.sum(-2)
+    # Nothing between equal nodes, where the products would be huge terms of both signs.
+    pull = torch.ops.aten.threshold_backward(by_s.mul_(root), d2, 0)
+    return sent, _product(pull, ones_v), _product(pull.mT, ones_q), even_q, even_v, by_power[None]

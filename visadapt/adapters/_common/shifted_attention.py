@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ...core.context import Context
 from ...core.kinds import AttnCore
@@ -28,11 +29,54 @@ def checked_offsets(owner: str, offsets: Sequence[Sequence[int]]) -> Offsets:
     return tuple(tuple(pair) for pair in offsets)
 
 
-def shift_frames(x: Tensor, offset: int) -> Tensor:
-    """x (clips, frames, ...) with frame t replaced by frame t - offset; frames without a source keep their own."""
+class ShiftFrames(torch.autograd.Function):
+    """Heads with frame t replaced by frame t - offset; frames without a source keep their own.
+
+    It takes one pass over the tensor, and one over its gradient, where slices and `torch.cat` take four.
+
+    Args:
+        x: (clips, frames, windows, heads, L, head_dim).
+        offsets: pairs (offset, number of heads), laid out from the first head on; the other heads stay as they are.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, offsets: Offsets) -> Tensor:
+        ctx.offsets = offsets
+        y = torch.empty_like(x, memory_format=torch.contiguous_format)
+        for offset, heads in _parts(offsets):
+            here, there = x[:, :, :, heads], y[:, :, :, heads]
+            own, target, source, _ = _frames(offset)
+            there[:, own], there[:, target] = here[:, own], here[:, source]
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        by_x = torch.empty_like(grad, memory_format=torch.contiguous_format)
+        for offset, heads in _parts(ctx.offsets):
+            here, there = grad[:, :, :, heads], by_x[:, :, :, heads]
+            own, target, source, unused = _frames(offset)
+            there[:, source], there[:, unused] = here[:, target], 0
+            there[:, own] += here[:, own]
+        return by_x, None
+
+
+def _parts(offsets: Offsets) -> Iterator[tuple[int, slice]]:
+    """Offset and heads of every part, the heads that stay as they are with offset 0."""
+    first = 0
+    for offset, heads in offsets:
+        yield offset, slice(first, first + heads)
+        first += heads
+    yield 0, slice(first, None)
+
+
+def _frames(offset: int) -> tuple[slice, slice, slice, slice]:
+    """Frames that keep their own, those that get another's, whose they get, and those whose nobody gets."""
     if offset > 0:
-        return torch.cat([x[:, :offset], x[:, :-offset]], 1)
-    return torch.cat([x[:, -offset:], x[:, offset:]], 1)
+        return slice(offset), slice(offset, None), slice(-offset), slice(-offset, None)
+    if offset < 0:
+        return slice(offset, None), slice(offset), slice(-offset, None), slice(-offset)
+    return slice(0), slice(None), slice(None), slice(0)
 
 
 class ShiftedAttention(AttnCore):
@@ -66,7 +110,4 @@ class ShiftedAttention(AttnCore):
         if reach >= frames:
             raise InputError(f"{self.method}: offset {reach} needs clips of more than {reach} frames, got {frames}")
         x = x.reshape(clips, frames, -1, *x.shape[1:])  # (clips, frames, windows, heads, L, head_dim)
-        widths = [heads for _, heads in self.offsets]
-        *moved, rest = x.split([*widths, x.shape[3] - sum(widths)], dim=3)
-        moved = [shift_frames(part, offset) for part, (offset, _) in zip(moved, self.offsets)]
-        return torch.cat([*moved, rest], 3).flatten(0, 2)
+        return ShiftFrames.apply(x, self.offsets).flatten(0, 2)
