@@ -95,7 +95,7 @@ class LaplacianAttention(AttnCore):
             if self.beta:
                 given = given + floor * fq
             mixed = (given / (sums[..., -1:] + floor)).transpose(1, 2).flatten(2)
-            return self.up(F.gelu(self.gate(h.to(dtype))) * mixed.to(dtype)).to(h.dtype).add_(h)
+            return h + self.up(F.gelu(self.gate(h.to(dtype))) * mixed.to(dtype)).to(h.dtype)
 
     @property
     def work(self) -> torch.dtype:

@@ -46,8 +46,8 @@ def _kept(x: Tensor, width: int, dropout: float) -> tuple[Tensor, float]:
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         return torch.rand(shape, device=x.device) >= dropout, 1 - dropout
     count, dropped = shape[0] * width, min(round(dropout * 2**16), 2**16 - 1)
-    words = torch.empty(-(-count // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)[:count]
-    return words.view(shape) >= dropped - 2**15, 1 - dropped / 2**16
+    words = torch.empty(-(-count // 4), dtype=torch.int64, device=x.device).random_(-(2**63), None).view(torch.int16)
+    return words[:count].view(shape) >= dropped - 2**15, 1 - dropped / 2**16
 
 
 class AddLinears(torch.autograd.Function):
@@ -64,24 +64,30 @@ class AddLinears(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, kept: Tensor | None) -> Tensor:
-        rows = x.flatten(0, -2)
+        rows = x.reshape(-1, x.shape[-1])
         z = torch.addmm(b1, rows, w1.T)
         if kept is not None:
             z.mul_(kept)
-        ctx.save_for_backward(rows, z, w1, w2, kept)
-        y = rows + b2
-        return torch.addmm(y, z, w2.T, out=y).view(x.shape)
+        _, for_w1, _, for_w2, *_ = ctx.needs_input_grad
+        ctx.save_for_backward(rows if for_w1 else None, z if for_w2 else None, w1, w2, kept)
+        y = (x + b2).contiguous()
+        out = y.view(rows.shape)
+        torch.addmm(out, z, w2.T, out=out)
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
         rows, z, w1, w2, kept = ctx.saved_tensors
-        g = grad.flatten(0, -2)
-        by_z = g @ w2
-        if kept is not None:
-            by_z.mul_(kept)
-        by_x = torch.addmm(g, by_z, w1).view(grad.shape) if ctx.needs_input_grad[0] else None
-        return by_x, by_z.T @ rows, by_z.sum(0), (z.T @ g).T, g.sum(0), None
+        g = grad.reshape(-1, grad.shape[-1])
+        with torch.autocast(grad.device.type, enabled=False):
+            by_z = g @ w2
+            if kept is not None:
+                by_z.mul_(kept)
+            by_x = torch.addmm(g, by_z, w1).view(grad.shape) if ctx.needs_input_grad[0] else None
+            by_w1 = None if rows is None else by_z.T @ rows
+            by_w2 = None if z is None else (z.T @ g).T
+        return by_x, by_w1, by_z.sum(0), by_w2, g.sum(0), None
 
 
 class LinearAdapter(nn.Module):

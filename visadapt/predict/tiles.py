@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -20,6 +21,8 @@ from .windows import Grid, Job, RowBlend, ramp
 
 MEMORY = 1 << 30
 """Bytes for everything but the model's weights, where nothing else is said."""
+STRIP = 8192
+"""Pixels that a strip of columns is wide at most."""
 PIXEL = 1024
 """Bytes that a model is taken to need per pixel of a tile, beside its input and its scores."""
 
@@ -110,9 +113,9 @@ def plan(
 
     Of the budget a quarter is the model's, which is taken to need 1024 + 8 C + 8 K bytes per pixel of its batch: this
     gives the tile where none is set (a multiple of 32, up to 1024, and no longer than the scene, so that a scene that
-    fits is one tile) and the batch (up to 16). A sixteenth is for the cache of the file's blocks, and another for
-    what is held of a strip of columns, which decides on their number, so that the memory in use does not grow with the
-    scene. The sums over a tile and the narrowest of strips, as wide as a tile, may take half.
+    fits is one tile) and the batch (up to 16). Half is for the sums over a tile and what is held of a strip of columns,
+    which decides on their number; strips are no wider than `STRIP` either, so that a larger scene takes no more memory.
+    A sixteenth is for the cache of the file's blocks, and the rest is slack.
 
     Returns:
         The grid, and the batch.
@@ -131,15 +134,16 @@ def plan(
         tile = max(32, min(fits, 1024, -(-max(width, height) // 32) * 32))
     shared = min(int(overlap * tile), tile - 1)
     grid = Grid(width, height, tile, shared)
-    held, column = RowBlend.sizes(tile, classes, grid.waiting())
-    if held + tile * column > memory // 2:
+    held, column = RowBlend.sizes(tile, classes, grid.most_shared())
+    narrowest = -(-tile // 4)
+    if held + narrowest * column > memory // 2:
         raise InputError(
             f"{memory / 1e6:.0f} MB of memory are not enough for tiles of {tile} px with {classes} classes; "
-            f"allow {2 * (held + tile * column) / 1e6:.0f} MB or use a smaller tile"
+            f"allow {2 * (held + narrowest * column) / 1e6:.0f} MB or use a smaller tile"
         )
     if batch is None:
         batch = max(1, min(16, int(memory / 4 / per_pixel / tile**2)))
-    return replace(grid, strips=-(-width * column // max(memory // 16, tile * column))), batch
+    return replace(grid, strips=-(-width // min(STRIP, (memory // 2 - held) // column))), batch
 
 
 def named_shares(counts: np.ndarray, pixels: int, classes: Sequence[str]) -> dict[str, float]:
@@ -190,19 +194,19 @@ def score_tiles(target: Target, source: Source, grid: Grid, scorer: Scorer, prog
         values, empty = zip(*(source.tile(x, job.y, grid.tile) for x in job.xs))
         return torch.from_numpy(np.stack(values)), torch.from_numpy(np.stack(empty))
 
-    jobs = [*grid.jobs(scorer.batch, target.done)]
-    weights, blend, count = ramp(grid.tile, grid.shared), None, sum(len(job.xs) for job in jobs)
+    jobs, shared = partial(grid.jobs, scorer.batch, target.done), grid.most_shared()  # no list, it would be long
+    weights, blend, count = ramp(grid.tile, grid.shared), None, sum(len(job.xs) for job in jobs())
     bar = tqdm(total=count, unit="tile", disable=not (progress and sys.stderr.isatty()), leave=False)
     # closed here, also when the model fails: the thread must not read on from a file that is closed next
-    with bar, closing(ahead(read, jobs)) as batches:
+    with bar, closing(ahead(read, jobs())) as batches:
         for job, (tiles, empty) in batches:
             if blend is None or blend.strip != job.strip:
-                blend = RowBlend(scorer.classes, weights, grid.waiting(), job.strip, target.nodata)
-            rows, full = job.until - job.y, [not nothing.all() for nothing in empty]
+                blend = RowBlend(scorer.classes, weights, shared, job.strip, target.nodata)
+            complete, full = job.until - job.y, [not nothing.all() for nothing in empty]
             scores = scorer(tiles[full])
             for x, end, nothing, scored in zip(job.xs, job.ends, empty, full):
-                blend.add(x, end, rows, next(scores) if scored else None, nothing)
+                blend.add(x, end, complete, next(scores) if scored else None, nothing)
             if job.last:
-                target.write(blend.labels[:rows], blend.unscored[:rows], job.strip[0], job.y)
+                target.write(blend.labels[:complete], blend.unscored[:complete], job.strip[0], job.y)
             bar.update(len(job.xs))
     return count

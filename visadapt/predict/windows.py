@@ -1,9 +1,9 @@
 """Tiles over a scene, the weights that blend them, and the sums of what is not finished.
 
-Tiles of side t are spread evenly over each side of the scene, at most t - s pixels apart, so that neighbours share s
-pixels or little more. A pixel's class is the highest of the weighted sums over its tiles, sum_i w_i(y) w_i(x)
-score_i(y, x). The average would divide all classes of a pixel by the same sum of weights, which changes no order, and
-is not formed.
+Tiles of side t are spread evenly over each side of the scene, at most t - s pixels apart, so that neighbours share at
+least s pixels, and little more where there are many. A pixel's class is the highest of the weighted sums over its
+tiles, sum_i w_i(y) w_i(x) score_i(y, x). The average would divide all classes of a pixel by the same sum of weights,
+which changes no order, and is not formed.
 
 What is held is a tile, and the rows that one row of tiles shares with the next. A scene that is too wide for the
 memory is cut into strips of columns, one after the other. Tiles that cross the border of two strips are scored once
@@ -30,10 +30,7 @@ def starts(size: int, tile: int, shared: int) -> list[int]:
 
 
 def ramp(tile: int, shared: int) -> Tensor:
-    """Weights along one side of a tile: 1 inside, falling as a squared sine over the shared pixels, above 0 throughout.
-
-    Those of two neighbours sum to 1 where no third tile reaches.
-    """
+    """Weights along one side of a tile: 1 inside, falling as a squared sine over `shared` pixels, above 0."""
     edge = min(shared, tile // 2)
     weights = torch.ones(tile)
     rise = torch.sin((torch.arange(edge) + 0.5) * (math.pi / 2 / max(1, edge))) ** 2
@@ -85,7 +82,7 @@ class Grid:
         """First rows of the tiles."""
         return starts(self.height, self.tile, self.shared)
 
-    def waiting(self) -> int:
+    def most_shared(self) -> int:
         """Rows, at most, that a row of tiles shares with the next."""
         return max((self.tile - (b - a) for a, b in pairwise(self.rows())), default=0)
 
@@ -118,37 +115,42 @@ class RowBlend:
     """Blends rows of tiles, one after the other, within one strip of columns.
 
     A window of a tile's size slides along the row and holds the sums of the columns that the tile at hand covers.
-    Columns that no later tile of the row reaches leave it: the rows that no lower tile reaches get their classes, the
-    sums of the others wait for the next row of tiles. Sums are on the device of the scores.
+    Columns that no later tile of the row reaches leave it: the rows that no lower tile reaches are complete and get
+    their classes, the sums of the others are pending until the next row of tiles. Sums are on the device of the scores.
 
     Args:
         classes: K.
         weights: (t,) of a tile along one side.
-        waiting: rows, at most, that a row of tiles shares with the next.
+        shared: rows, at most, that a row of tiles shares with the next.
         strip: first and past-the-end column.
         nodata: the value of pixels without a class.
+
+    Attributes:
+        labels: classes (t, width of the strip); as many rows hold as the row of tiles completes.
+        unscored: the pixels without a class because their scores are not finite, likewise.
     """
 
-    def __init__(self, classes: int, weights: Tensor, waiting: int, strip: tuple[int, int], nodata: int) -> None:
-        self.classes, self.weights, self.strip, self.nodata = classes, weights, strip, nodata
-        self.rows, self.loaded = waiting, strip[0]
-        self.window: Tensor | None = None  # made with the first scores, where they are, as is what waits
+    def __init__(self, classes: int, weights: Tensor, shared: int, strip: tuple[int, int], nodata: int) -> None:
+        self.classes, self.weights, self.shared, self.strip, self.nodata = classes, weights, shared, strip, nodata
+        self.window: Tensor | None = None  # made with the first scores, where they are, as are the pending sums
+        self.pending: Tensor | None = None
+        self.loaded = strip[0]  # columns before this one are in the window, or have left it
         side, width = len(weights), strip[1] - strip[0]
         self.labels = np.empty((side, width), np.min_scalar_type(nodata))
         self.unscored = np.empty((side, width), bool)
 
     @staticmethod
-    def sizes(tile: int, classes: int, waiting: int) -> tuple[int, int]:
+    def sizes(tile: int, classes: int, shared: int) -> tuple[int, int]:
         """Bytes that are held, and further ones per column of the strip; those of writing its classes included."""
-        return tile**2 * (4 * classes + 16), 4 * classes * waiting + 8 * tile
+        return tile**2 * (4 * classes + 16), 4 * classes * shared + 8 * tile
 
-    def add(self, x: int, end: int, rows: int, scores: Tensor | None, empty: Tensor) -> None:
+    def add(self, x: int, end: int, complete: int, scores: Tensor | None, empty: Tensor) -> None:
         """Take the next tile of the row.
 
         Args:
             x: its first column.
-            end: columns before this one are complete with it.
-            rows: of the tile, those that are complete with its row of tiles.
+            end: columns before this one are covered by no later tile.
+            complete: rows of the tile, from its first, that are covered by no lower one.
             scores: (K, t, t), None where all of the tile is empty.
             empty: (t, t), the pixels that get no class.
         """
@@ -157,39 +159,45 @@ class RowBlend:
         if scores is not None and self.window is None:
             self._allocate(scores.device)
         here, there = slice(left - first, end - first), slice(left - x, end - x)
-        self.labels[:rows, here], self.unscored[:rows, here] = self.nodata, False
+        self.labels[:complete, here], self.unscored[:complete, here] = self.nodata, False
         if self.window is not None:
             self._load(left, right)
             if scores is not None:
                 weights = self.weights[:, None] * self.weights[left - x : right - x]
                 self.window[:, :, : right - left].addcmul_(scores[:, :, left - x : right - x].float(), weights)
-            self._classify(here, rows, empty[:rows, there])
-            self._pass_on(here, rows, right - left)
+            if end > left:
+                self._classify(here, complete, empty[:complete, there])
+                self._pass_on(here, complete)
+                self._slide(end - left, right - left)
         self.loaded = right if end < last else first
 
     def _allocate(self, device: torch.device) -> None:
         side, width = self.labels.shape
         self.window = torch.zeros(self.classes, side, side, device=device)
-        self.waiting = torch.zeros(self.classes, self.rows, width, device=device)
+        self.pending = torch.zeros(self.classes, self.shared, width, device=device)
         self.weights = self.weights.to(device)
 
     def _load(self, left: int, right: int) -> None:
-        """Put the sums that wait for columns up to `right` into the window, which starts at `left`."""
+        """Put the pending sums of columns up to `right` into the window, which starts at `left`."""
         new = self.window[:, :, self.loaded - left : right - left]
-        new[:, : self.rows] = self.waiting[:, :, self.loaded - self.strip[0] : right - self.strip[0]]
-        new[:, self.rows :] = 0
+        new[:, : self.shared] = self.pending[:, :, self.loaded - self.strip[0] : right - self.strip[0]]
+        new[:, self.shared :] = 0
 
-    def _classify(self, here: slice, rows: int, empty: Tensor) -> None:
+    def _classify(self, here: slice, complete: int, empty: Tensor) -> None:
         """Give the complete pixels at the window's upper left their classes."""
-        best, labels = (found.cpu() for found in self.window[:, :rows, : empty.shape[1]].max(0))
+        best, labels = (found.cpu() for found in self.window[:, :complete, : empty.shape[1]].max(0))
         unscored = ~best.isfinite() & ~empty  # a NaN is the highest of its pixel
         labels[empty | unscored] = self.nodata
-        self.labels[:rows, here], self.unscored[:rows, here] = labels.numpy(), unscored.numpy()
+        self.labels[:complete, here], self.unscored[:complete, here] = labels.numpy(), unscored.numpy()
 
-    def _pass_on(self, here: slice, rows: int, width: int) -> None:
-        """Let the rows below the complete ones wait, and move the window, of which `width` columns are in use."""
-        done = here.stop - here.start
-        below = self.window[:, rows : rows + self.rows, :done]
-        self.waiting[:, : below.shape[1], here] = below
-        self.waiting[:, below.shape[1] :, here] = 0
-        self.window[:, :, : width - done] = self.window[:, :, done:width].clone()
+    def _pass_on(self, here: slice, complete: int) -> None:
+        """Make the sums below the complete rows pending."""
+        below = self.window[:, complete : complete + self.shared, : here.stop - here.start]
+        self.pending[:, : below.shape[1], here] = below
+        self.pending[:, below.shape[1] :, here] = 0
+
+    def _slide(self, by: int, width: int) -> None:
+        """Move the columns in use to the left, in parts that do not overlap with where they go."""
+        for start in range(by, width, by):
+            stop = min(start + by, width)
+            self.window[:, :, start - by : stop - by] = self.window[:, :, start:stop]

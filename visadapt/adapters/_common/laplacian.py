@@ -45,19 +45,19 @@ def _product(a: Tensor, x: Tensor) -> Tensor:
     return (x.mT @ a.mT).mT
 
 
-def _low(f: Tensor) -> Tensor:
-    """2 e sum_c F, (N, n)."""
+def _shifts(f: Tensor) -> Tensor:
+    """What e adds to the squares through every node, 2 e sum_c F, (N, n)."""
     return f.sum(-1).mul_(2 * EPS)
 
 
-def _squares(a: Tensor, d2: Tensor, low_q: Tensor, low_v: Tensor, channels: int) -> tuple[Tensor, ...]:
+def _squares(a: Tensor, d2: Tensor, shift_q: Tensor, shift_v: Tensor, channels: int) -> tuple[Tensor, ...]:
     """s = ||r d + e||^2 = r (r |d|^2 + 2 e sum_c d) + c e^2 for d = F_j - F_i, with r = sqrt(A + e), and its parts.
 
     Returns:
         s, r, the bracket, and its second term.
     """
     root = (a + EPS).sqrt_()
-    shift = low_v[:, None] - low_q[..., None]
+    shift = shift_v[:, None] - shift_q[..., None]
     inner = torch.addcmul(shift, root, d2)
     s = torch.addcmul(inner.new_full((), channels * EPS**2), inner, root)
     return s.clamp_min_(1e-7 * channels * EPS**2), root, inner, shift  # rounding could take a sum near 0 below it
@@ -91,9 +91,9 @@ class LaplacianSums(torch.autograd.Function):
         ctx, probs: Tensor, fq: Tensor, fv: Tensor, p: Tensor, own: bool, loops: bool, x: Tensor | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
         step, sums, distances, power = _step(probs), [], [], p / 2 - 1
-        for a, i, j, *low, ones in _blocks(step, probs, fq, fv, _low(fq), _low(fv), _with_ones(fv)):
+        for a, i, j, *shifts, ones in _blocks(step, probs, fq, fv, _shifts(fq), _shifts(fv), _with_ones(fv)):
             d2 = torch.cdist(i, j, compute_mode="donot_use_mm_for_euclid_dist").square_()
-            s, *_ = _squares(a, d2, *low, j.shape[-1])
+            s, *_ = _squares(a, d2, *shifts, j.shape[-1])
             weights = s.log2_().mul_(power).exp2_().mul_(a)
             if own and not loops:
                 _diagonal(weights).zero_()
@@ -109,15 +109,15 @@ class LaplacianSums(torch.autograd.Function):
         probs, fq, fv, p, x, *distances = ctx.saved_tensors
         by_probs, by_x, found = torch.empty_like(probs), None, []
         ones_q, ones_v = _with_ones(fq), _with_ones(fv)
-        blocks = _blocks(ctx.step, by_probs, grad, probs, ones_q, ones_v, _low(fq), _low(fv))
+        blocks = _blocks(ctx.step, by_probs, grad, probs, ones_q, ones_v, _shifts(fq), _shifts(fv))
         products = repeat(None) if x is None else _blocks(ctx.step, grad_x, x)
         with torch.autocast(grad.device.type, enabled=False):
             for block, d2, product in zip(blocks, distances, products):
                 found.append(_gradients(*block, d2, p / 2 - 1, ctx.own, ctx.loops))
-                if product is not None:
+                if product is not None and ctx.needs_input_grad[0]:
                     by_a, (g, values) = block[0], product
                     by_a.baddbmm_(g.to(by_a.dtype), values.to(by_a.dtype).mT)
-            if x is not None:
+            if x is not None and ctx.needs_input_grad[6]:
                 by_x = probs.to(x.dtype).mT @ grad_x
         sent, to_q, to_v, even_q, even_v, by_power = map(torch.cat, zip(*found))
         by_fq = 2 * (fq * to_q[..., -1:] - to_q[..., :-1] - EPS * even_q[..., None])
@@ -131,8 +131,8 @@ def _gradients(
     a: Tensor,
     ones_q: Tensor,
     ones_v: Tensor,
-    low_q: Tensor,
-    low_v: Tensor,
+    shift_q: Tensor,
+    shift_v: Tensor,
     d2: Tensor,
     power: Tensor,
     own: bool,
@@ -145,7 +145,7 @@ def _gradients(
         and without, (N, q, c + 1) and (N, k, c + 1); what goes alike to all channels of F_i and F_j, (N, q) and
         (N, k); and to the power, by base 2, (1,).
     """
-    s, root, inner, shift = _squares(a, d2, low_q, low_v, ones_v.shape[-1] - 1)
+    s, root, inner, shift = _squares(a, d2, shift_q, shift_v, ones_v.shape[-1] - 1)
     log = s.log2()
     g = (log * power).exp2_()
     if own and not loops:
