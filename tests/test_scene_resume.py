@@ -50,7 +50,7 @@ def counted(limit=10**9):
 
 
 @pytest.mark.parametrize("overlap", [0, 0.25, 0.6])
-@pytest.mark.parametrize("memory", [1 << 30, 350_000])
+@pytest.mark.parametrize("memory", [1 << 30, 300_000])
 def test_goes_on_after_a_failure(run, tmp_path, capsys, overlap, memory):
     options = dict(overlap=overlap, memory=memory)
     report, whole = run(uneven, **options)

@@ -67,7 +67,7 @@ def map_picture(
         score: tiles (B, C, t, t) to scores (B, K, t, t).
         classes: K, 255 at most.
         tile: see `plan`, as are the arguments below.
-        overlap: share of a tile's side that neighbours have in common at least.
+        overlap: share of a tile's side that neighbours have in common.
         batch: tiles at once.
         memory: bytes for all but the model's weights and the picture.
 

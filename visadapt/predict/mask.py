@@ -94,7 +94,7 @@ class MaskPredictor(FromFile):
         Args:
             images: in memory.
             tile: side of tiles, see `takes_tiles`; None lets the memory decide, see `visadapt.predict.tiles.plan`.
-            overlap: share of a tile's side that neighbours have in common at least.
+            overlap: share of a tile's side that neighbours have in common.
             batch: tiles at once; None lets the memory decide.
             memory: bytes for all but the model's weights and the images.
 

@@ -125,7 +125,7 @@ def predict_scene(
         nodata: the value without data; what the scene says where None.
         fill: the value of bands that the scene does not have; None makes that an error.
         tile: side in pixels; as `plan` says where None.
-        overlap: share of a tile's side that neighbours have in common at least.
+        overlap: share of a tile's side that neighbours have in common.
         batch: tiles at once; as `plan` says where None. Halved when memory runs out.
         memory: bytes for everything but the model's weights.
         key: names the model, so that another one does not go on with its partial file.

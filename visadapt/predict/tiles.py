@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -133,8 +132,7 @@ def plan(
         fits = int((memory / 4 / per_pixel) ** 0.5) // 32 * 32
         tile = max(32, min(fits, 1024, -(-max(width, height) // 32) * 32))
     shared = min(int(overlap * tile), tile - 1)
-    grid = Grid(width, height, tile, shared)
-    held, column = RowBlend.sizes(tile, classes, grid.most_shared())
+    held, column = RowBlend.sizes(tile, classes, shared)
     narrowest = -(-tile // 4)
     if held + narrowest * column > memory // 2:
         raise InputError(
@@ -143,7 +141,8 @@ def plan(
         )
     if batch is None:
         batch = max(1, min(16, int(memory / 4 / per_pixel / tile**2)))
-    return replace(grid, strips=-(-width // min(STRIP, (memory // 2 - held) // column))), batch
+    strips = -(-width // min(STRIP, (memory // 2 - held) // column))
+    return Grid(width, height, tile, shared, strips), batch
 
 
 def named_shares(counts: np.ndarray, pixels: int, classes: Sequence[str]) -> dict[str, float]:
@@ -191,22 +190,24 @@ def score_tiles(target: Target, source: Source, grid: Grid, scorer: Scorer, prog
     """Score all tiles that are missing in the target, and write it band by band; the number of tiles."""
 
     def read(job: Job) -> tuple[Tensor, Tensor]:
-        values, empty = zip(*(source.tile(x, job.y, grid.tile) for x in job.xs))
+        values, empty = zip(*(source.tile(*grid.read_at(left, job.top), grid.tile) for left in job.lefts))
         return torch.from_numpy(np.stack(values)), torch.from_numpy(np.stack(empty))
 
-    jobs, shared = partial(grid.jobs, scorer.batch, target.done), grid.most_shared()  # no list, it would be long
-    weights, blend, count = ramp(grid.tile, grid.shared), None, sum(len(job.xs) for job in jobs())
+    jobs = partial(grid.jobs, scorer.batch, target.done)  # no list, it would be long
+    weights, blend, count = ramp(grid.tile, grid.shared), None, sum(len(job.lefts) for job in jobs())
     bar = tqdm(total=count, unit="tile", disable=not (progress and sys.stderr.isatty()), leave=False)
     # closed here, also when the model fails: the thread must not read on from a file that is closed next
     with bar, closing(ahead(read, jobs())) as batches:
         for job, (tiles, empty) in batches:
             if blend is None or blend.strip != job.strip:
-                blend = RowBlend(scorer.classes, weights, shared, job.strip, target.nodata)
-            complete, full = job.until - job.y, [not nothing.all() for nothing in empty]
+                blend = RowBlend(scorer.classes, weights, grid.shared, job.strip, target.nodata)
+            complete, full = job.until - job.top, [not nothing.all() for nothing in empty]
             scores = scorer(tiles[full])
-            for x, end, nothing, scored in zip(job.xs, job.ends, empty, full):
-                blend.add(x, end, complete, next(scores) if scored else None, nothing)
+            for left, end, nothing, scored in zip(job.lefts, job.ends, empty, full):
+                x, y = grid.read_at(left, job.top)
+                counts = slice(job.top - y, None), slice(left - x, None)
+                blend.add(left, end, complete, next(scores)[:, *counts] if scored else None, nothing[counts])
             if job.last:
-                target.write(blend.labels[:complete], blend.unscored[:complete], job.strip[0], job.y)
-            bar.update(len(job.xs))
+                target.write(blend.labels[:complete], blend.unscored[:complete], job.strip[0], job.top)
+            bar.update(len(job.lefts))
     return count

@@ -1,9 +1,9 @@
 """Tiles over a scene, the weights that blend them, and the sums of what is not finished.
 
-Tiles of side t are spread evenly over each side of the scene, at most t - s pixels apart, so that neighbours share at
-least s pixels, and little more where there are many. A pixel's class is the highest of the weighted sums over its
-tiles, sum_i w_i(y) w_i(x) score_i(y, x). The average would divide all classes of a pixel by the same sum of weights,
-which changes no order, and is not formed.
+Tiles of side t start every t - s pixels, s being what neighbours share. Of one that would reach beyond the scene, what
+lies within counts; it is read further back, so that the model sees a whole tile. A pixel's class is the highest of the
+weighted sums over its tiles, sum_i w_i(y) w_i(x) score_i(y, x). The average would divide all classes of a pixel by the
+same sum of weights, which changes no order, and is not formed.
 
 What is held is a tile, and the rows that one row of tiles shares with the next. A scene that is too wide for the
 memory is cut into strips of columns, one after the other. Tiles that cross the border of two strips are scored once
@@ -24,13 +24,14 @@ from torch import Tensor
 
 def starts(size: int, tile: int, shared: int) -> list[int]:
     """First pixels of the tiles along one side of the scene; 0 alone where the scene is no longer than a tile."""
-    span = max(0, size - tile)
-    gaps = max(1, -(-span // (tile - shared)))
-    return [span * i // gaps for i in range(gaps + 1)] if span else [0]
+    return [*range(0, max(1, size - shared), tile - shared)]
 
 
 def ramp(tile: int, shared: int) -> Tensor:
-    """Weights along one side of a tile: 1 inside, falling as a squared sine over `shared` pixels, above 0."""
+    """Weights along one side of a tile: 1 inside, falling as a squared sine over the shared pixels, above 0.
+
+    Those of two neighbours sum to 1 where no third tile reaches.
+    """
     edge = min(shared, tile // 2)
     weights = torch.ones(tile)
     rise = torch.sin((torch.arange(edge) + 0.5) * (math.pi / 2 / max(1, edge))) ** 2
@@ -45,17 +46,17 @@ class Job:
 
     Attributes:
         strip: first and past-the-end column of the strip that they are for.
-        y: first row.
+        top: first row.
         until: rows of the scene above this one are complete after the last tile of the row.
-        xs: first columns.
+        lefts: first columns.
         ends: columns of the strip before these are complete after the tile, as far down as `until`.
         last: no tile of the same row follows.
     """
 
     strip: tuple[int, int]
-    y: int
+    top: int
     until: int
-    xs: list[int]
+    lefts: list[int]
     ends: list[int]
     last: bool
 
@@ -68,7 +69,7 @@ class Grid:
         width: of the scene, in pixels.
         height: likewise.
         tile: side of a tile.
-        shared: pixels that neighbours share at least.
+        shared: pixels that neighbours share.
         strips: number of strips of columns.
     """
 
@@ -78,13 +79,9 @@ class Grid:
     shared: int
     strips: int = 1
 
-    def rows(self) -> list[int]:
-        """First rows of the tiles."""
-        return starts(self.height, self.tile, self.shared)
-
-    def most_shared(self) -> int:
-        """Rows, at most, that a row of tiles shares with the next."""
-        return max((self.tile - (b - a) for a, b in pairwise(self.rows())), default=0)
+    def read_at(self, left: int, top: int) -> tuple[int, int]:
+        """Column and row at which the tile is read that starts there."""
+        return min(left, max(0, self.width - self.tile)), min(top, max(0, self.height - self.tile))
 
     def columns(self) -> list[tuple[int, int]]:
         """First and past-the-end column of every strip."""
@@ -99,16 +96,16 @@ class Grid:
             done: rows that are finished already, by the first column of the strip. Work starts with the first row of
                 tiles that reaches below them, so that the sums are those of an unbroken run.
         """
-        ys = self.rows()
+        tops = starts(self.height, self.tile, self.shared)
         for left, right in self.columns():
             finished = done.get(left, 0)
             xs = [x for x in starts(self.width, self.tile, self.shared) if x < right and x + self.tile > left]
             ends = [max(x, left) for x in xs[1:]] + [right]
-            for y, until in zip(ys, [*ys[1:], self.height]):
-                if finished < self.height and y + self.tile > finished:
+            for top, until in zip(tops, [*tops[1:], self.height]):
+                if finished < self.height and top + self.tile > finished:
                     for i in range(0, len(xs), batch):
                         part = slice(i, i + batch)
-                        yield Job((left, right), y, until, xs[part], ends[part], i + batch >= len(xs))
+                        yield Job((left, right), top, until, xs[part], ends[part], i + batch >= len(xs))
 
 
 class RowBlend:
@@ -121,7 +118,7 @@ class RowBlend:
     Args:
         classes: K.
         weights: (t,) of a tile along one side.
-        shared: rows, at most, that a row of tiles shares with the next.
+        shared: rows that a row of tiles shares with the next.
         strip: first and past-the-end column.
         nodata: the value of pixels without a class.
 
@@ -145,17 +142,17 @@ class RowBlend:
         return tile**2 * (4 * classes + 16), 4 * classes * shared + 8 * tile
 
     def add(self, x: int, end: int, complete: int, scores: Tensor | None, empty: Tensor) -> None:
-        """Take the next tile of the row.
+        """Take the next tile of the row, or what of it counts.
 
         Args:
             x: its first column.
             end: columns before this one are covered by no later tile.
             complete: rows of the tile, from its first, that are covered by no lower one.
-            scores: (K, t, t), None where all of the tile is empty.
-            empty: (t, t), the pixels that get no class.
+            scores: (K, h, w), None where all of the tile is empty.
+            empty: (h, w), the pixels that get no class.
         """
-        first, last = self.strip
-        left, right = max(x, first), min(x + len(self.weights), last)
+        (first, last), (height, width) = self.strip, empty.shape
+        left, right = max(x, first), min(x + width, last)
         if scores is not None and self.window is None:
             self._allocate(scores.device)
         here, there = slice(left - first, end - first), slice(left - x, end - x)
@@ -163,8 +160,9 @@ class RowBlend:
         if self.window is not None:
             self._load(left, right)
             if scores is not None:
-                weights = self.weights[:, None] * self.weights[left - x : right - x]
-                self.window[:, :, : right - left].addcmul_(scores[:, :, left - x : right - x].float(), weights)
+                weights = self.weights[:height, None] * self.weights[left - x : right - x]
+                covered = self.window[:, :height, : right - left]
+                covered.addcmul_(scores[:, :, left - x : right - x].float(), weights)
             if end > left:
                 self._classify(here, complete, empty[:complete, there])
                 self._pass_on(here, complete)
