@@ -133,16 +133,15 @@ def plan(
         tile = max(32, min(fits, 1024, -(-max(width, height) // 32) * 32))
     shared = min(int(overlap * tile), tile - 1)
     held, column = RowBlend.sizes(tile, classes, shared)
-    narrowest = -(-tile // 4)
-    if held + narrowest * column > memory // 2:
+    narrowest, room = -(-tile // 4), memory // 2 - held
+    if narrowest * column > room:
         raise InputError(
             f"{memory / 1e6:.0f} MB of memory are not enough for tiles of {tile} px with {classes} classes; "
             f"allow {2 * (held + narrowest * column) / 1e6:.0f} MB or use a smaller tile"
         )
     if batch is None:
         batch = max(1, min(16, int(memory / 4 / per_pixel / tile**2)))
-    strips = -(-width // min(STRIP, (memory // 2 - held) // column))
-    return Grid(width, height, tile, shared, strips), batch
+    return Grid(width, height, tile, shared, strips=-(-width // min(STRIP, room // column))), batch
 
 
 def named_shares(counts: np.ndarray, pixels: int, classes: Sequence[str]) -> dict[str, float]:
@@ -187,7 +186,7 @@ def mirrored(values: np.ndarray, empty: np.ndarray, side: int) -> tuple[np.ndarr
 
 
 def score_tiles(target: Target, source: Source, grid: Grid, scorer: Scorer, progress: bool = True) -> int:
-    """Score all tiles that are missing in the target, and write it band by band; the number of tiles."""
+    """Score all tiles that are missing in the target, and write it by rows of tiles; the number of tiles."""
 
     def read(job: Job) -> tuple[Tensor, Tensor]:
         values, empty = zip(*(source.tile(*grid.read_at(left, job.top), grid.tile) for left in job.lefts))

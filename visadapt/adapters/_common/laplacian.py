@@ -107,13 +107,13 @@ class LaplacianSums(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor, grad_x: Tensor | None = None):
         probs, fq, fv, p, x, *distances = ctx.saved_tensors
-        by_probs, by_x, found = torch.empty_like(probs), None, []
+        by_probs, by_x, found, power = torch.empty_like(probs), None, [], p / 2 - 1
         ones_q, ones_v = _with_ones(fq), _with_ones(fv)
         blocks = _blocks(ctx.step, by_probs, grad, probs, ones_q, ones_v, _shifts(fq), _shifts(fv))
         products = repeat(None) if x is None else _blocks(ctx.step, grad_x, x)
         with torch.autocast(grad.device.type, enabled=False):
             for block, d2, product in zip(blocks, distances, products):
-                found.append(_gradients(*block, d2, p / 2 - 1, ctx.own, ctx.loops))
+                found.append(_gradients(*block, d2, power, ctx.own, ctx.loops))
                 if product is not None and ctx.needs_input_grad[0]:
                     by_a, (g, values) = block[0], product
                     by_a.baddbmm_(g.to(by_a.dtype), values.to(by_a.dtype).mT)
