@@ -54,13 +54,13 @@ def _squares(a: Tensor, d2: Tensor, shift_q: Tensor, shift_v: Tensor, channels: 
     """s = ||r d + e||^2 = r (r |d|^2 + 2 e sum_c d) + c e^2 for d = F_j - F_i, with r = sqrt(A + e), and its parts.
 
     Returns:
-        s, r, the bracket, and its second term.
+        s, r, and the second term of the bracket.
     """
     root = (a + EPS).sqrt_()
     shift = shift_v[:, None] - shift_q[..., None]
     inner = torch.addcmul(shift, root, d2)
     s = torch.addcmul(inner.new_full((), channels * EPS**2), inner, root)
-    return s.clamp_min_(1e-7 * channels * EPS**2), root, inner, shift  # rounding could take a sum near 0 below it
+    return s.clamp_min_(1e-7 * channels * EPS**2), root, shift  # rounding could take a sum near 0 below it
 
 
 def _diagonal(x: Tensor) -> Tensor:
@@ -145,7 +145,7 @@ def _gradients(
         and without, (N, q, c + 1) and (N, k, c + 1); what goes alike to all channels of F_i and F_j, (N, q) and
         (N, k); and to the power, by base 2, (1,).
     """
-    s, root, inner, shift = _squares(a, d2, shift_q, shift_v, ones_v.shape[-1] - 1)
+    s, root, shift = _squares(a, d2, shift_q, shift_v, ones_v.shape[-1] - 1)
     log = s.log2()
     g = (log * power).exp2_()
     if own and not loops:
@@ -157,8 +157,7 @@ def _gradients(
     by_s = by_log.mul_(power).div_(s)
     if own:
         _diagonal(by_s).zero_()
-    slope = inner.sub_(shift, alpha=0.5)  # half of that of s by r
-    torch.addcmul(g.mul_(by_weight), by_s, slope.div_(root), out=by_a)
+    torch.addcmul(g.mul_(by_weight), by_s, torch.addcdiv(d2, shift, root, value=0.5), out=by_a)
     by_s.mul_(root)
     even_q, even_v = by_s.sum(-1), by_s.sum(-2)
     # Nothing between equal nodes, where the products would be huge terms of both signs.
