@@ -374,21 +374,34 @@ def looped(x: Tensor, frames: int, offsets) -> Tensor:
 
 @pytest.mark.parametrize("offsets", [((1, 1), (-1, 1)), ((1, 2), (-2, 1), (3, 1)), ((-3, 4),)])
 @pytest.mark.parametrize("windows", [1, 3])
-def test_temporal_shift_equals_a_loop(offsets, windows):
+@pytest.mark.parametrize("bias", [None, (6, 6), (4, 6, 6), (1, 1, 6, 6), (24, 4, 6, 6)], ids=str)
+def test_temporal_shift_equals_a_loop(offsets, windows, bias):
+    """Also its gradients; scores of all heads, of each head, and of each window have an offset of their own."""
     frames, clips = 4, 2
-    q, k, v = torch.randn(3, clips * frames * windows, 4, 6, 5).unbind(0)
-    bias = torch.randn(4, 6, 6)
+    q, k, v = given = list(
+        torch.randn(3, clips * frames * windows, 4, 6, 5, dtype=torch.float64).requires_grad_().unbind(0)
+    )
+    if bias is not None:
+        bias = torch.randn(*bias, dtype=torch.float64)[-len(q) :]
+        given.append(bias)
+    for tensor in given:
+        tensor.requires_grad_()
     ctx = Context()
     ctx.begin(torch.zeros(clips * frames, 3, 1, 1), (2, 3), 0)
     ctx.num_frames = frames
     core = ShiftedAttention(Site("attn", "attn", 0, 20, 20), offsets, 4, "TemporalShift")
-    found = core.attend(q, k, v, bias, ctx)
-    found = found.unflatten(0, (-1, windows))
+    found, wanted = core.attend(q, k, v, bias, ctx), []
     for w in range(windows):  # windows of one image stand together
-        qw, kw, vw = (t.unflatten(0, (-1, windows))[:, w] for t in (q, k, v))
-        kw, vw = looped(kw, frames, offsets), looped(vw, frames, offsets)
-        weights = (qw @ kw.mT / math.sqrt(5) + bias).softmax(-1)
-        assert_close(found[:, w], weights @ vw)
+        kw, vw = (looped(t[w::windows], frames, offsets) for t in (k, v))
+        scores = q[w::windows] @ kw.mT / math.sqrt(5)
+        if bias is not None:
+            scores = scores + (bias[w::windows] if len(bias) == len(q) else bias)
+        wanted.append(scores.softmax(-1) @ vw)
+    wanted = torch.stack(wanted, 1).flatten(0, 1)
+    assert_close(found, wanted)
+    cotangent = torch.randn_like(wanted)
+    for ours, theirs in zip(*(torch.autograd.grad(y, given, cotangent) for y in (found, wanted)), strict=True):
+        assert_close(ours, theirs)
 
 
 def test_temporal_shift_in_a_network():

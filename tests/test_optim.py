@@ -19,7 +19,7 @@ from visadapt.adapters.lora import LoRA
 from visadapt.core.adapted import Adapted
 from visadapt.errors import InputError
 from visadapt.heads.linear import CosineHead
-from visadapt.optim.groups import TrainableGroups
+from visadapt.optim.groups import TrainableGroups, fused_on_cpu
 from visadapt.optim.wrapper import AutocastOptimWrapper
 from visadapt.tasks.classify import ImageClassifier
 from visadapt.testing import assert_close, tiny_backbone
@@ -189,6 +189,33 @@ def test_no_rate_and_nothing_to_train_are_refused():
         wrapper_for(Task(), dict(type="AdamW"))
     with pytest.raises(InputError, match="nothing trains"):
         wrapper_for(Task().requires_grad_(False))
+
+
+@pytest.mark.parametrize("kind", ["Adam", "AdamW"])
+def test_steps_on_a_cpu_are_fused_and_equal_those_of_the_loop(kind):
+    tasks = [Task(LoRA(rank=2)) for _ in range(2)]
+    tasks[1].load_state_dict(tasks[0].state_dict())
+    fused, loop = (
+        wrapper_for(task, dict(type=kind, lr=0.05, weight_decay=0.3, **choice)).optimizer
+        for task, choice in zip(tasks, ({}, {"foreach": False}))
+    )
+    assert [o.param_groups[0]["fused"] for o in (fused, loop)] == [True, None]
+    for i in range(3):
+        for optimizer in (fused, loop):
+            torch.manual_seed(i)
+            for p in optimizer.param_groups[0]["params"]:
+                p.grad = torch.randn_like(p)
+            optimizer.step()
+    for ours, theirs in zip(*(task.parameters() for task in tasks), strict=True):
+        assert_close(ours.detach(), theirs.detach())
+
+
+def test_what_a_fused_step_would_get_wrong_is_not_fused():
+    """It reads gradients as they lie in memory; every second column of a matrix lies otherwise than its gradient."""
+    parameter = nn.Parameter(torch.randn(3, 8)[:, ::2])
+    assert fused_on_cpu(torch.optim.AdamW, [nn.Parameter(torch.randn(3, 4).T)]) == {"fused": True}
+    for kind, parameters in ((torch.optim.AdamW, [parameter]), (torch.optim.SGD, [nn.Parameter(torch.randn(3))])):
+        assert fused_on_cpu(kind, parameters) == {}
 
 
 # ---- steps -----------------------------------------------------------------------------------------------------------

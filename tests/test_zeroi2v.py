@@ -9,7 +9,6 @@ import torch
 from cases import TINY
 from small import zeroi2v_state
 
-from visadapt.adapters._common.shifted_attention import ShiftFrames
 from visadapt.adapters.zeroi2v import OFFSETS, LinearAdapter, ZeroI2V
 from visadapt.backbones.timm_vit import TimmViT
 from visadapt.convert import convert
@@ -60,25 +59,6 @@ def test_frames_see_the_frames_that_their_offsets_name():
             one_block.backbone.body.blocks = one_block.backbone.body.blocks[:1]
             a, b = one_block(x).tokens, one_block(other).tokens
         assert {t for t in range(4) if difference(a[t], b[t]) > 1e-4} == seen
-
-
-def shifted(x, offsets):
-    """x (clips, frames, windows, heads, L, head_dim), head by head and frame by frame."""
-    table = [offset for offset, heads in offsets for _ in range(heads)] + [0] * x.shape[3]
-    frames = x.shape[1]
-    rows = [[t - d if 0 <= t - d < frames else t for d in table[: x.shape[3]]] for t in range(frames)]
-    heads = range(x.shape[3])
-    return torch.stack([torch.stack([x[:, row[h], :, h] for h in heads], 2) for row in rows], 1)
-
-
-@pytest.mark.parametrize("offsets", [((1, 1), (-1, 2)), ((-3, 1), (2, 1), (1, 1)), ((3, 5),)])
-def test_shift_and_its_gradient(offsets):
-    x = torch.randn(2, 4, 3, 5, 2, 2, dtype=torch.float64, requires_grad=True)
-    x = x.transpose(3, 4).contiguous().transpose(3, 4)  # as heads lie in a fused projection
-    found, wanted = ShiftFrames.apply(x, offsets), shifted(x, offsets)
-    assert torch.equal(found, wanted)
-    cotangent = torch.randn_like(wanted)
-    assert_close(*(torch.autograd.grad(y, x, cotangent)[0] for y in (found, wanted)))
 
 
 def linear_adapter(dropout, dim=24, width=6):

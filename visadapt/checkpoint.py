@@ -145,7 +145,7 @@ def restore(runner, path: Path) -> None:
     model.load_state_dict(state, strict=False)
     for name, gradient in content["gradients"].items():
         parameter = model.get_parameter(name)
-        parameter.grad = gradient.to(parameter)
+        parameter.grad = torch.empty_like(parameter).copy_(gradient)  # laid out as the parameter, as autograd does it
     if meta["seed"] is not None:
         runner._randomness_cfg.update(seed=meta["seed"])
         runner.set_randomness(**runner._randomness_cfg)

@@ -53,7 +53,7 @@ def _kept(x: Tensor, width: int, dropout: float) -> tuple[Tensor, float]:
 
 
 class AddLinears(torch.autograd.Function):
-    """x + W2 (m (W1 x + b1)) + b2, at fewer passes over what has the size of x than autograd takes.
+    """x + c W2 (m (W1 x + b1)) + s b2, at fewer passes over what has the size of x than autograd takes.
 
     Args:
         x: (..., D).
@@ -62,19 +62,32 @@ class AddLinears(torch.autograd.Function):
         w2: (D, r).
         b2: (D,).
         kept: m (N, r), ones and zeros; only ones where None.
+        factor: c.
+        scaling: s.
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, kept: Tensor | None) -> Tensor:
+    def forward(
+        ctx,
+        x: Tensor,
+        w1: Tensor,
+        b1: Tensor,
+        w2: Tensor,
+        b2: Tensor,
+        kept: Tensor | None,
+        factor: float,
+        scaling: float,
+    ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         z = torch.addmm(b1, rows, w1.T)
         if kept is not None:
             z.mul_(kept)
         _, for_w1, _, for_w2, *_ = ctx.needs_input_grad
         ctx.save_for_backward(rows if for_w1 else None, z if for_w2 else None, w1, w2, kept)
-        y = (x + b2).contiguous()
+        ctx.factor, ctx.scaling = factor, scaling
+        y = torch.add(x, b2, alpha=scaling).contiguous()
         out = y.view(rows.shape)
-        torch.addmm(out, z, w2.T, out=out)
+        torch.addmm(out, z, w2.T, alpha=factor, out=out)
         return y
 
     @staticmethod
@@ -83,13 +96,13 @@ class AddLinears(torch.autograd.Function):
         rows, z, w1, w2, kept = ctx.saved_tensors
         g = grad.reshape(-1, grad.shape[-1])
         with torch.autocast(grad.device.type, enabled=False):
-            by_z = g @ w2
+            by_z = g @ (w2 * ctx.factor)
             if kept is not None:
                 by_z.mul_(kept)
             by_x = torch.addmm(g, by_z, w1).view(grad.shape) if ctx.needs_input_grad[0] else None
             by_w1 = None if rows is None else by_z.T @ rows
-            by_w2 = None if z is None else (z.T @ g).T
-        return by_x, by_w1, by_z.sum(0), by_w2, g.sum(0), None
+            by_w2 = None if z is None else (g.T @ z).mul_(ctx.factor)
+        return by_x, by_w1, by_z.sum(0), by_w2, g.sum(0).mul_(ctx.scaling), None, None, None
 
 
 class LinearAdapter(nn.Module):
@@ -109,10 +122,9 @@ class LinearAdapter(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         kept, share = _kept(x, self.up.in_features, self.dropout) if self.random else (None, 1.0)
-        w2, b2 = self.up.weight * (self.scaling / share), self.up.bias * self.scaling
-        x, *weights = in_autocast(x, self.down.weight, self.down.bias, w2, b2)
+        x, *weights = in_autocast(x, self.down.weight, self.down.bias, self.up.weight, self.up.bias)
         with torch.autocast(x.device.type, enabled=False):
-            return AddLinears.apply(x, *weights, kept)
+            return AddLinears.apply(x, *weights, kept, self.scaling / share, self.scaling)
 
     def constant(self) -> Tensor:
         """What it makes of zero, (D,)."""

@@ -23,7 +23,7 @@ from ..errors import InputError
 from ..registry import ADAPTERS
 from .attention import attention_ratio
 from .flops import flops
-from .setup import Setup
+from .setup import Setup, adamw
 from .timing import interleaved, ratio
 
 LINEAR_NAMES = ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"]
@@ -56,7 +56,7 @@ def stepper(
     """
     objective = objective or loss
     trainable = [p for p in model.parameters() if p.requires_grad]
-    optimizer = optimizer or (torch.optim.AdamW(trainable, lr=1e-4) if trainable else None)
+    optimizer = optimizer or (adamw(model, lr=1e-4) if trainable else None)
     images = images if trainable else images.clone().requires_grad_()
     adapters = [a for m in model.modules() if isinstance(m, Adapted) for a in m.adapters.values()]
     count = 0

@@ -20,7 +20,7 @@ from ..engine import build_runner
 from ..hooks.cache import cached
 from ..hooks.prefix import Start, first_block
 from ..tasks.classify import ImageClassifier
-from .setup import Setup
+from .setup import Setup, adamw
 
 STEPS = 12
 """Steps per round of the runner's comparison."""
@@ -88,7 +88,7 @@ def _by_runner(setup: Setup, size: int) -> float:
 
 def _by_hand(setup: Setup, task: ImageClassifier, size: int) -> float:
     """Median seconds per step of the shortest loop that does the same."""
-    optimizer = torch.optim.AdamW([p for p in task.parameters() if p.requires_grad], lr=1e-3)
+    optimizer = adamw(task, lr=1e-3)
     ends = []
     task.train()
     for _, batch in zip(range(STEPS + 1), _digits(setup, size)):
@@ -121,7 +121,7 @@ def cached_epochs(setup: Setup) -> dict[str, float]:
 
 def _speedup(setup: Setup, adapters: dict | None) -> float:
     task = ImageClassifier(**{k: v for k, v in _model(setup, adapters).items() if k != "type"}).to(setup.device)
-    optimizer = torch.optim.AdamW([p for p in task.parameters() if p.requires_grad], lr=1e-3)
+    optimizer = adamw(task, lr=1e-3)
     size, block = setup.size // 2, first_block(task.adapted)
     start = None if block is None else Start(task.adapted, block)
     data = Digits(transform=[{"type": "Resize", "height": size, "width": size}], training=True)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..backbones.timm_vit import TimmViT
 from ..errors import InputError
+from ..optim.groups import fused_on_cpu
 from ..predict.from_file import available
 
 
@@ -49,3 +50,9 @@ class Setup:
 
     def images(self, count: int) -> Tensor:
         return torch.randn(count, 3, self.size, self.size, device=self.device)
+
+
+def adamw(module: nn.Module, lr: float) -> torch.optim.AdamW:
+    """AdamW over what trains, with the steps that training takes."""
+    trainable = [p for p in module.parameters() if p.requires_grad]
+    return torch.optim.AdamW(trainable, lr, **fused_on_cpu(torch.optim.AdamW, trainable))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
 
+import torch
 from mmengine.optim import OptimWrapper
 from mmengine.registry import OPTIM_WRAPPERS, OPTIMIZERS
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
@@ -16,6 +17,9 @@ from ..errors import InputError, hint
 
 OPTIONS = ("layer_decay", "head_lr_mult", "decay_vectors", "no_decay", "loraplus_lr_ratio")
 NORM_LAYERS = (nn.LayerNorm, nn.GroupNorm, _BatchNorm, _InstanceNorm)
+
+CHOICES = {"fused", "foreach", "capturable", "differentiable"}
+"""Arguments of torch's optimizers that choose how a step is computed."""
 
 Pair = tuple[nn.Parameter, nn.Parameter, float]
 """A (r, i), B (o, r) and s of an update s B A."""
@@ -26,7 +30,8 @@ class TrainableGroups:
 
     Optimizers that have an attribute `own` (see `AdamWBase`) get groups of that sort: "pairs" of the factors of every
     piece that names them (`Delta.pair`), as params [A1, B1, A2, B2, ...] and pairs [s1, s2, ...]; or "matrices", the
-    weights of the backbone that train in place and have two or more dimensions.
+    weights of the backbone that train in place and have two or more dimensions. Torch's Adam and AdamW are fused where
+    that is faster and nothing else is asked for, see `fused_on_cpu`.
 
     Args:
         optim_wrapper_cfg: the config of the wrapper with its `optimizer`.
@@ -69,7 +74,8 @@ class TrainableGroups:
         groups = self.groups(model, optimizer["lr"], getattr(kind, "own", ""))
         if not groups:
             raise InputError("nothing trains: the model has no trainable parameter, give it a head or an adapter")
-        built = OPTIMIZERS.build({**optimizer, "params": groups})
+        fast = fused_on_cpu(kind, [p for g in groups for p in g["params"]])
+        built = OPTIMIZERS.build({**({} if CHOICES & optimizer.keys() else fast), **optimizer, "params": groups})
         return OPTIM_WRAPPERS.build({**self.wrapper, "optimizer": built})
 
     def groups(self, model: nn.Module, lr: float, own: str = "") -> list[dict]:
@@ -122,6 +128,19 @@ class TrainableGroups:
             return factor, decays and id(parameter) not in spared
 
         return settings
+
+
+def fused_on_cpu(kind: type[torch.optim.Optimizer], parameters: Iterable[Tensor]) -> dict[str, bool]:
+    """Arguments that make an Adam or AdamW take its step in one pass, for parameters on a CPU.
+
+    Adapters are hundreds of small tensors, and there torch goes through them one by one, with a dozen operations each;
+    on other devices it groups them by itself. A fused step reads gradients as they lie in memory, so that all
+    parameters must be dense: autograd gives those gradients of the same layout.
+    """
+    if kind not in (torch.optim.Adam, torch.optim.AdamW):
+        return {}
+    good = all(p.is_cpu and p.stride() == torch.empty_like(p, device="meta").stride() for p in parameters)
+    return {"fused": True} if good else {}
 
 
 def _spared(model: nn.Module, patterns: Sequence[str]) -> set[int]:

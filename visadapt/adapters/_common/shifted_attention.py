@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ...core.context import Context
 from ...core.kinds import AttnCore
@@ -29,56 +28,6 @@ def checked_offsets(owner: str, offsets: Sequence[Sequence[int]]) -> Offsets:
     return tuple(tuple(pair) for pair in offsets)
 
 
-class ShiftFrames(torch.autograd.Function):
-    """Heads with frame t replaced by frame t - offset; frames without a source keep their own.
-
-    It takes one pass over the tensor, and one over its gradient, where slices and `torch.cat` take four.
-
-    Args:
-        x: (clips, frames, windows, heads, L, head_dim).
-        offsets: pairs (offset, number of heads), laid out from the first head on; the other heads stay as they are.
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor, offsets: Offsets) -> Tensor:
-        ctx.offsets = offsets
-        y = torch.empty_like(x, memory_format=torch.contiguous_format)
-        for offset, heads in _parts(offsets):
-            here, there = x[:, :, :, heads], y[:, :, :, heads]
-            own, target, source, _ = _frames(offset)
-            there[:, own], there[:, target] = here[:, own], here[:, source]
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        by_x = torch.empty_like(grad, memory_format=torch.contiguous_format)
-        for offset, heads in _parts(ctx.offsets):
-            here, there = grad[:, :, :, heads], by_x[:, :, :, heads]
-            own, target, source, unused = _frames(offset)
-            there[:, source], there[:, unused] = here[:, target], 0
-            there[:, own] += here[:, own]
-        return by_x, None
-
-
-def _parts(offsets: Offsets) -> Iterator[tuple[int, slice]]:
-    """Offset and heads of every part, the heads that stay as they are with offset 0."""
-    first = 0
-    for offset, heads in offsets:
-        yield offset, slice(first, first + heads)
-        first += heads
-    yield 0, slice(first, None)
-
-
-def _frames(offset: int) -> tuple[slice, slice, slice, slice]:
-    """Frames that keep their own, those that get another's, whose they get, and those whose nobody gets."""
-    if offset > 0:
-        return slice(offset), slice(offset, None), slice(-offset), slice(-offset, None)
-    if offset < 0:
-        return slice(offset, None), slice(offset), slice(-offset, None), slice(-offset)
-    return slice(0), slice(None), slice(None), slice(0)
-
-
 class ShiftedAttention(AttnCore):
     """Softmax attention whose leading heads see keys and values of other frames.
 
@@ -97,17 +46,33 @@ class ShiftedAttention(AttnCore):
         if (wanted := sum(count for _, count in offsets)) > heads:
             raise InputError(f"{owner}: offsets take {wanted} heads, {site.path} has {heads}; give fewer")
         self.offsets, self.method = offsets, owner
+        counts = [count for _, count in offsets]
+        self.counts = [*counts, heads - sum(counts)] if sum(counts) < heads else counts
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, ctx: Context) -> Tensor:
-        if ctx.num_frames > 1 and self.offsets:
-            k, v = self._shift(k, ctx), self._shift(v, ctx)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-
-    def _shift(self, x: Tensor, ctx: Context) -> Tensor:
-        """(B, heads, L, head_dim) shifted; windows of an image stand together, so B may be images * windows."""
+        if ctx.num_frames == 1 or not self.offsets:
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
         clips, frames = ctx.clips(self.method), ctx.num_frames
-        reach = max(abs(offset) for offset, _ in self.offsets)
-        if reach >= frames:
+        if (reach := max(abs(offset) for offset, _ in self.offsets)) >= frames:
             raise InputError(f"{self.method}: offset {reach} needs clips of more than {reach} frames, got {frames}")
-        x = x.reshape(clips, frames, -1, *x.shape[1:])  # (clips, frames, windows, heads, L, head_dim)
-        return ShiftFrames.apply(x, self.offsets).flatten(0, 2)
+        # Heads of one offset at a time: the others, most of them, are read where they lie.
+        parts = zip(*(x.split(self.counts, 1) for x in (q, k, v)), self._split(bias))
+        found = []
+        for (q, *kv, bias), (offset, _) in zip(parts, [*self.offsets, (0, 0)]):
+            if offset:  # windows of an image stand together
+                kv = (_from_frames(x.unflatten(0, (clips, frames, -1)), offset).flatten(0, 2) for x in kv)
+            found.append(F.scaled_dot_product_attention(q, *kv, attn_mask=bias).transpose(1, 2))
+        return torch.cat(found, 2).transpose(1, 2)
+
+    def _split(self, bias: Tensor | None) -> Sequence[Tensor | None]:
+        """(..., L, S) for the heads of each part."""
+        if bias is None or bias.dim() < 3 or bias.shape[-3] == 1:
+            return [bias] * len(self.counts)
+        return bias.split(self.counts, -3)
+
+
+def _from_frames(x: Tensor, offset: int) -> Tensor:
+    """(clips, frames, ...) with frame t replaced by frame t - offset; frames without a source keep their own."""
+    if offset > 0:
+        return torch.cat((x[:, :offset], x[:, :-offset]), 1)
+    return torch.cat((x[:, -offset:], x[:, offset:]), 1)
