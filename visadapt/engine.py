@@ -20,6 +20,7 @@ from .hooks.cache import CacheFeatures
 from .hooks.files import Console, MetricsFile
 from .hooks.lifecycle import Calibrate, Lifecycle, MeanBuffers
 from .hooks.steps import StepSeed
+from .memory import keep_freed
 
 __all__ = ["build_runner", "close", "is_main_process", "unwrap"]
 
@@ -63,6 +64,10 @@ class AdaptRunner(Runner):
     def build_param_scheduler(self, scheduler: Any) -> Any:
         with refusals("param_scheduler"):
             return super().build_param_scheduler(scheduler)
+
+    def train(self) -> Any:
+        keep_freed()
+        return super().train()
 
     def load_or_resume(self) -> None:
         """Resume from the folder's newest checkpoint (`resume=True`) or from the one in `load_from`."""

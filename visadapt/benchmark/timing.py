@@ -8,6 +8,8 @@ from statistics import median
 
 import torch
 
+from ..memory import keep_freed
+
 
 def _clock(device: str) -> float:
     if device == "cuda":
@@ -18,8 +20,10 @@ def _clock(device: str) -> float:
 def interleaved(candidates: dict[str, Callable[[], None]], rounds: int, device: str = "cpu") -> dict[str, list[float]]:
     """Seconds per call of every candidate, all of them once per round, after one unmeasured round.
 
-    The order turns around from round to round, so that a drift of the machine favours nobody.
+    The order turns around from round to round, so that a drift of the machine favours nobody. Freed memory is kept, as
+    in training.
     """
+    keep_freed()
     for call in candidates.values():
         call()
     times: dict[str, list[float]] = {name: [] for name in candidates}
