@@ -11,8 +11,8 @@ TRIM_THRESHOLD, MMAP_MAX = -1, -4  # of mallopt in glibc's malloc.h
 def keep_freed() -> bool:
     """Have glibc keep freed memory for the next step, from now on in this process.
 
-    By itself it returns large blocks and the end of its heap to the system, which then clears tens of thousands of pages
-    in every training step on a CPU. Peaks stay as they are; what a peak took is kept until the process ends.
+    By itself it returns large blocks and the end of its heap to the system, which then clears tens of thousands of
+    pages in every training step on a CPU. Peaks stay as they are; what a peak took is kept until the process ends.
 
     Returns:
         Whether it does now: other C libraries are left as they are, and so are thresholds that the user has set by

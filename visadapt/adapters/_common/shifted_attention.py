@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ...core.context import Context
 from ...core.kinds import AttnCore
@@ -28,6 +29,43 @@ def checked_offsets(owner: str, offsets: Sequence[Sequence[int]]) -> Offsets:
     return tuple(tuple(pair) for pair in offsets)
 
 
+class ShiftFrames(torch.autograd.Function):
+    """Heads with frame t replaced by frame t - offset; frames without a source keep their own.
+
+    The tensor and its gradient are copied once, where slices and `torch.cat` would do so four times.
+
+    Args:
+        x: (clips, frames, windows, heads, L, head_dim).
+        offsets: pairs (offset, number of heads), laid out from the first head on; the other heads stay as they are.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, offsets: Offsets) -> Tensor:
+        ctx.offsets = offsets
+        y = x.clone()
+        for heads, target, source in _parts(offsets):
+            y[:, target, :, heads] = x[:, source, :, heads]
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        by_x = grad.clone()
+        for heads, target, source in _parts(ctx.offsets):
+            by_x[:, target, :, heads] = 0
+            by_x[:, source, :, heads] += grad[:, target, :, heads]
+        return by_x, None
+
+
+def _parts(offsets: Offsets) -> Iterator[tuple[slice, slice, slice]]:
+    """Heads of every part, the frames that get another's, and whose they get."""
+    first = 0
+    for offset, count in offsets:
+        later, earlier = slice(abs(offset), None), slice(-abs(offset))
+        yield slice(first, first + count), *((later, earlier) if offset > 0 else (earlier, later))
+        first += count
+
+
 class ShiftedAttention(AttnCore):
     """Softmax attention whose leading heads see keys and values of other frames.
 
@@ -46,33 +84,17 @@ class ShiftedAttention(AttnCore):
         if (wanted := sum(count for _, count in offsets)) > heads:
             raise InputError(f"{owner}: offsets take {wanted} heads, {site.path} has {heads}; give fewer")
         self.offsets, self.method = offsets, owner
-        counts = [count for _, count in offsets]
-        self.counts = [*counts, heads - sum(counts)] if sum(counts) < heads else counts
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, ctx: Context) -> Tensor:
-        if ctx.num_frames == 1 or not self.offsets:
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        if ctx.num_frames > 1 and self.offsets:
+            k, v = self._shift(k, ctx), self._shift(v, ctx)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+
+    def _shift(self, x: Tensor, ctx: Context) -> Tensor:
+        """(B, heads, L, head_dim) shifted; windows of an image stand together, so B may be images * windows."""
         clips, frames = ctx.clips(self.method), ctx.num_frames
-        if (reach := max(abs(offset) for offset, _ in self.offsets)) >= frames:
+        reach = max(abs(offset) for offset, _ in self.offsets)
+        if reach >= frames:
             raise InputError(f"{self.method}: offset {reach} needs clips of more than {reach} frames, got {frames}")
-        # Heads of one offset at a time: the others, most of them, are read where they lie.
-        parts = zip(*(x.split(self.counts, 1) for x in (q, k, v)), self._split(bias))
-        found = []
-        for (q, *kv, bias), (offset, _) in zip(parts, [*self.offsets, (0, 0)]):
-            if offset:  # windows of an image stand together
-                kv = (_from_frames(x.unflatten(0, (clips, frames, -1)), offset).flatten(0, 2) for x in kv)
-            found.append(F.scaled_dot_product_attention(q, *kv, attn_mask=bias).transpose(1, 2))
-        return torch.cat(found, 2).transpose(1, 2)
-
-    def _split(self, bias: Tensor | None) -> Sequence[Tensor | None]:
-        """(..., L, S) for the heads of each part."""
-        if bias is None or bias.dim() < 3 or bias.shape[-3] == 1:
-            return [bias] * len(self.counts)
-        return bias.split(self.counts, -3)
-
-
-def _from_frames(x: Tensor, offset: int) -> Tensor:
-    """(clips, frames, ...) with frame t replaced by frame t - offset; frames without a source keep their own."""
-    if offset > 0:
-        return torch.cat((x[:, :offset], x[:, :-offset]), 1)
-    return torch.cat((x[:, -offset:], x[:, offset:]), 1)
+        x = x.reshape(clips, frames, -1, *x.shape[1:])  # (clips, frames, windows, heads, L, head_dim)
+        return ShiftFrames.apply(x, self.offsets).flatten(0, 2)
