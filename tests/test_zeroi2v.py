@@ -107,6 +107,12 @@ def test_rates_of_dropout_between_the_steps_that_eight_bits_have(rate):
     assert abs(1 - kept - rate) < 5e-4
 
 
+def test_the_highest_rate_that_eight_bits_have_drops_with_any_draw(monkeypatch):
+    """In float32 the sum of rate and draw would round to 256, which eight bits take for 0."""
+    monkeypatch.setattr(torch, "rand", lambda shape, device=None: torch.tensor(1 - 2**-24))
+    assert _kept(torch.zeros(4000, 24), 6, 255 / 256).mean() < 0.01
+
+
 def test_the_output_of_a_linear_adapter_may_be_changed_in_place():
     module, x = linear_adapter(0.0), torch.randn(2, 5, 24, dtype=torch.float64, requires_grad=True)
     y, plain = module(x), 2 * module(x)

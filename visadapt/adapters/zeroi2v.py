@@ -47,9 +47,9 @@ def _kept(x: Tensor, width: int, dropout: float) -> Tensor:
     shape = x.shape[:-1].numel(), width
     if x.device.type != "cpu" or torch.compiler.is_compiling() or dropout > 255 / 256:
         return (torch.rand(shape, device=x.device) >= dropout).to(x.dtype)
-    count, dropped = shape[0] * width, int(256 * dropout + torch.rand(()))
-    words = torch.empty(-(-count // 8), dtype=torch.int64).random_(-(2**63), None).view(torch.uint8)
-    return torch.ge(words[:count].view(shape), dropped, out=torch.empty(shape, dtype=x.dtype))
+    count, dropped = shape[0] * width, int(256 * dropout + torch.rand((), device=x.device).item())
+    words = torch.empty(-(-count // 8), dtype=torch.int64, device=x.device).random_(-(2**63), None).view(torch.uint8)
+    return torch.ge(words[:count].view(shape), dropped, out=torch.empty(shape, dtype=x.dtype, device=x.device))
 
 
 class AddLinears(torch.autograd.Function):
