@@ -87,14 +87,9 @@ class ShiftedAttention(AttnCore):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, ctx: Context) -> Tensor:
         if ctx.num_frames > 1 and self.offsets:
-            k, v = self._shift(k, ctx), self._shift(v, ctx)
+            clips, frames = ctx.clips(self.method), ctx.num_frames
+            if (reach := max(abs(offset) for offset, _ in self.offsets)) >= frames:
+                raise InputError(f"{self.method}: offset {reach} needs clips of more than {reach} frames, got {frames}")
+            # Windows of an image stand together: (clips, frames, windows, heads, L, head_dim).
+            k, v = (ShiftFrames.apply(x.unflatten(0, (clips, frames, -1)), self.offsets).flatten(0, 2) for x in (k, v))
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-
-    def _shift(self, x: Tensor, ctx: Context) -> Tensor:
-        """(B, heads, L, head_dim) shifted; windows of an image stand together, so B may be images * windows."""
-        clips, frames = ctx.clips(self.method), ctx.num_frames
-        reach = max(abs(offset) for offset, _ in self.offsets)
-        if reach >= frames:
-            raise InputError(f"{self.method}: offset {reach} needs clips of more than {reach} frames, got {frames}")
-        x = x.reshape(clips, frames, -1, *x.shape[1:])  # (clips, frames, windows, heads, L, head_dim)
-        return ShiftFrames.apply(x, self.offsets).flatten(0, 2)
