@@ -449,6 +449,18 @@ def test_merge_leaves_a_plain_backbone_and_unmerge_restores_bits(pair):
         assert torch.equal(outputs(adapted, x), base_outputs(pair, x))
 
 
+@every_pair
+def test_a_model_in_half_precision_merges(pair):
+    """To the weights that its rounded values give in float32, rounded once."""
+    rounded = adapt(pair).bfloat16()
+    if not any(p.folds for p in rounded.pieces("a")):
+        return
+    wanted = copy.deepcopy(rounded).float()
+    wanted.merge("a")
+    rounded.merge("a")
+    assert_same_bits(rounded.backbone.body, bits(wanted.backbone.body.bfloat16()))
+
+
 def flops(module, x):
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         module(x)

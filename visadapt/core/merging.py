@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
+from contextlib import contextmanager
+from itertools import islice, pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -127,7 +128,8 @@ class Merger:
             for path, (forward, pieces) in plan.items():
                 self._leave(path, forward, pieces)
                 self.originals[path] = Places() if _few(forward.module, pieces) else Whole()
-            with evaluating(*self._stacks):  # what is drawn in training is not what is merged
+            adapters = (adapted.adapters[n] for n in names)
+            with evaluating(*self._stacks), _in_float32(adapters):  # what is drawn in training is not what is merged
                 finite = self._each(lambda path: self.originals[path].write(plan[path][0].module, plan[path][1]))
             if bad := [path for path in plan if not finite[path]]:
                 raise InputError(f"merging {names} makes the weight of {bad[0]} non-finite; nothing was changed")
@@ -240,6 +242,24 @@ def _few(module: nn.Module, pieces: list[SiteModule]) -> bool:
     if any(stop > start for (_, stop), (start, _) in pairwise(rows)):
         return False
     return module.weight.is_contiguous()
+
+
+@contextmanager
+def _in_float32(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Adapters in half precision are in float32 here, as the weights are that they change.
+
+    Adapters are cast as a whole, so that their first parameter tells; looking at all takes as long as a sparse merge.
+    """
+    cast = [m for m in modules if any(p.element_size() < 4 for p in islice(m.parameters(), 1))]
+    values = [v for m in cast for v in (*m.parameters(), *m.buffers())]
+    halves = [(v, v.data) for v in values if v.is_floating_point() and v.element_size() < 4]
+    try:
+        for value, half in halves:
+            value.data = half.float()
+        yield
+    finally:
+        for value, half in halves:
+            value.data = half
 
 
 def _finite(values: Tensor) -> bool:
