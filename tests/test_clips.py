@@ -108,6 +108,18 @@ def test_frames_are_found_across_key_frames_and_reordered_packets(tmp_path, suff
             assert np.abs(clip.frames(taken).astype(int) - shown[taken]).max() <= 2
 
 
+def test_frames_of_av1_are_found(tmp_path, monkeypatch):
+    """Its decoder does not take back what it was first told to pass over."""
+    av = pytest.importorskip("av", reason="PyAV is not installed")
+    if "libsvtav1" not in av.codecs_available:
+        pytest.skip("PyAV comes without an encoder of AV1")
+    monkeypatch.setenv("SVT_LOG", "1")
+    path = encode(tmp_path / "a.mp4", pictures(21, 96, 128), "libsvtav1", preset="10")
+    for taken in ([19], [0, 9, 18], [17, 5, 6, 5]):
+        with open_clip(path, "av") as clip:
+            assert numbers(clip.frames(taken)) == taken
+
+
 def test_few_frames_are_decoded_of_a_long_video(tmp_path, monkeypatch):
     path = encode(tmp_path / "a.mp4", pictures(21), g="12", bf="0", sc_threshold="1000000000")
     with open_clip(path, "av") as clip:
@@ -148,6 +160,46 @@ def test_damaged_files_are_unreadable(tmp_path, decoder, capfd):
     with pytest.raises(UnreadableImage, match="no such file"):
         open_clip(tmp_path / "b.mp4", decoder)
     assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mov", ".avi", ".mkv"])
+def test_files_with_wrong_bytes_give_frames_or_are_unreadable(tmp_path, suffix):
+    pytest.importorskip("av", reason="PyAV is not installed")
+    whole, rng = video(tmp_path / f"whole{suffix}").read_bytes(), np.random.default_rng(0)
+    path, seen = tmp_path / f"a{suffix}", set()
+    for _ in range(60):
+        data = bytearray(whole)
+        for place in rng.integers(0, len(data), 20):
+            data[place] = rng.integers(256)
+        path.write_bytes(data)
+        try:
+            with open_clip(path, "av") as clip:
+                seen.add(clip.frames([0, len(clip) - 1]).shape[0])
+        except UnreadableImage as error:
+            assert str(path) in str(error)
+            seen.add("unreadable")
+    assert seen == {2, "unreadable"}
+
+
+def test_titles_of_any_encoding_and_unknown_codecs(tmp_path):
+    path = video(tmp_path / "a.mkv")
+    data = path.read_bytes()
+    at = data.index(b"Lavf")  # the name of the writer
+    path.write_bytes(data[:at] + b"\xe9" + data[at + 1 :])
+    with open_clip(path, "av") as clip:
+        assert numbers(clip.frames([3])) == [3]
+    path.write_bytes(data.replace(b"V_MPEG4", b"V_OTHER"))
+    with pytest.raises(UnreadableImage, match=r"a\.mkv holds no video of a known codec"):
+        open_clip(path, "av")
+
+
+def test_frames_of_two_sizes_are_unreadable(tmp_path):
+    path = folder(tmp_path / "a")
+    cv2.imwrite(str(path / "img_5.png"), pictures(1, 9, 9)[0])
+    with open_clip(path) as clip:
+        assert numbers(clip.frames([3, 5])) == [3, 5]
+        with pytest.raises(UnreadableImage, match=r"a has frames of different size: \(9, 9\), \(24, 32\)"):
+            clip.frames([3, 4])
 
 
 def test_a_frame_that_does_not_decode_is_unreadable(tmp_path):

@@ -23,6 +23,9 @@ from .files import PICTURES, UnreadableImage, read_image
 
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mkv", ".webm", ".mov")
 DECODERS = ("auto", "av", "cv2")
+SKIPPING = ("h264", "hevc", "mpeg4", "vp8", "vp9")
+"""FFmpeg's decoders that may be told between packets which frames to pass over. That of AV1 listens at the first only,
+and would then leave out frames that are wanted."""
 
 # OpenCV's copy of FFmpeg writes complaints to stderr without the name of the file; the errors raised here carry it.
 os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
@@ -105,8 +108,7 @@ class Clip:
             (N, H, W, 3) uint8 RGB.
 
         Raises:
-            UnreadableImage: one of them cannot be decoded.
-            InputError: they differ in size.
+            UnreadableImage: one of them cannot be decoded, or they differ in size.
         """
         wanted = sorted(set(indices))
         found = self._decode(wanted)
@@ -115,7 +117,7 @@ class Clip:
             raise UnreadableImage(f"{self.path}: frame {missing[0]} of {len(self)} cannot be decoded")
         sizes = {frame.shape[:2] for frame in found.values()}
         if len(sizes) > 1:
-            raise InputError(f"{self.path} has frames of different size: {', '.join(map(str, sorted(sizes)))}")
+            raise UnreadableImage(f"{self.path} has frames of different size: {', '.join(map(str, sorted(sizes)))}")
         return np.stack([found[i] for i in indices])
 
     def _decode(self, wanted: list[int]) -> dict[int, np.ndarray]:
@@ -179,13 +181,13 @@ class AvVideo(Clip):
         import av
 
         try:
-            container = av.open(str(self.path))
+            container = av.open(str(self.path), metadata_errors="ignore")  # titles are in any encoding
         except self._error as error:
             raise UnreadableImage(f"{self.path} is damaged or not a video") from error
-        if not container.streams.video:
+        self._stream = container.streams.best("video")  # not the picture on the cover
+        if self._stream is None or self._stream.codec_context is None:
             container.close()
-            raise UnreadableImage(f"{self.path} holds no video")
-        self._stream = container.streams.video[0]
+            raise UnreadableImage(f"{self.path} holds no video" + " of a known codec" * (self._stream is not None))
         self._stream.codec_context.thread_count = 1  # loaders run one process per core
         return container
 
@@ -203,14 +205,15 @@ class AvVideo(Clip):
             return
 
     def _frames(self, wanted: set[int] | None = None) -> Iterator[Any]:
-        """What the packets from here on decode to. Those of frames that no others need are passed over, if not wanted.
+        """What the packets from here on decode to. Some decoders pass over what is not wanted and no other frame needs.
 
         Args:
             wanted: times; None takes every frame.
         """
         context = self._stream.codec_context
+        skips = wanted is not None and context.name in SKIPPING
         for packet in self._packets():
-            context.skip_frame = "DEFAULT" if wanted is None or packet.pts in wanted else "NONREF"
+            context.skip_frame = "NONREF" if skips and packet.pts not in wanted else "DEFAULT"
             try:
                 yield from packet.decode()
             except self._error:  # others may still decode; who asked for this one misses it
@@ -243,7 +246,10 @@ class AvVideo(Clip):
         """
         before = bisect_right(self._keys, min(wanted))
         found: dict[int, np.ndarray] = {}
-        self._container.seek(self._keys[before - 1] if before else self._times[0], stream=self._stream)
+        try:
+            self._container.seek(self._keys[before - 1] if before else self._times[0], stream=self._stream)
+        except self._error:  # who asked for these frames misses them
+            return found
         for frame in self._frames(set(wanted)):
             if frame.pts in wanted:
                 found[wanted[frame.pts]] = self._array(frame)
