@@ -530,8 +530,18 @@ def test_what_lies_among_images(folder):
         FolderDataset(folder)
 
 
+def test_links_to_folders_are_followed_but_not_in_circles(folder, tmp_path):
+    for name in "ab":
+        write(tmp_path / name / f"{name}.png", np.zeros((6, 6, 3), np.uint8))
+    for place, target in (("cat/a", "a"), ("a/b", "b"), ("b/back", "a"), ("cat/up", folder), ("cat/self", "cat")):
+        start = folder if place.startswith("cat") else tmp_path
+        (start / place).symlink_to(folder / target if target == "cat" else tmp_path / target, target_is_directory=True)
+    found = [str(p.relative_to(folder)) for p in images_below(folder / "cat")]
+    assert found == ["cat/0.png", "cat/1.png", "cat/2.png", "cat/a/a.png", "cat/a/b/b.png"]
+
+
 def test_a_folder_that_cannot_be_read_is_told(folder, monkeypatch):
-    def walk(top, onerror):
+    def walk(top, onerror, followlinks):
         onerror(PermissionError(13, "Permission denied", f"{top}/deep"))
         return iter(())
 

@@ -234,6 +234,9 @@ def test_something_something(tmp_path):
     write(tmp_path / "train.json", "[{]")
     with pytest.raises(InputError, match=r"train\.json:1: not json"):
         SomethingSomethingV2("train", tmp_path)
+    write(tmp_path / "train.json", "17")
+    with pytest.raises(InputError, match=r"train\.json must hold one list of videos"):
+        SomethingSomethingV2("train", tmp_path)
 
 
 def test_something_something_exchanges_left_and_right(tmp_path):
@@ -243,6 +246,9 @@ def test_something_something_exchanges_left_and_right(tmp_path):
     entries = [dict(id=str(i), template=f"class {c}") for i, c in enumerate((86, 94, 5))]
     data = SomethingSomethingV2("train", something(tmp_path, labels, entries), flip=1.0, training=True)
     assert [data[Draw(0, i)]["label"] for i in range(3)] == [87, 93, 5]
+    something(tmp_path, {f"class {i}": i for i in range(100)}, entries[1:])
+    with pytest.raises(InputError, match=r"label 166, there are 100 classes; give flip_labels .* or \{\} where"):
+        SomethingSomethingV2("train", tmp_path, flip=0.5, training=True)
     with pytest.raises(InputError, match="HorizontalFlip mirrors clips"):
         SomethingSomethingV2("train", tmp_path, transform=[dict(type="HorizontalFlip")], training=True)
 

@@ -191,6 +191,7 @@ def test_a_merged_published_file_is_the_unmerged_one():
         (dict(offsets="bass"), "no table of offsets 'bass'.*base"),
         (dict(offsets=[[0, 1]]), "shift not 0"),
         (dict(offsets=[[1]]), "pairs"),
+        (dict(offsets=[[1.5, 1]]), r"pairs of integers .* got \[1\.5, 1\]"),
         (dict(offsets=[[1, 2], [-1, 2]]), "offsets take 4 heads, blocks.0.attn has 3"),
         (dict(frames=0), "num_frames must be a whole number"),
         (dict(ratio=0.0), "ratio must be above 0"),
@@ -215,6 +216,22 @@ def test_offsets_beyond_the_clip_and_broken_clips_are_refused():
         adapt(offsets=[[2, 1]], clip=2)(frames(2))
     with pytest.raises(InputError, match="6 images are no whole number of clips of 4 frames"):
         adapt()(frames(6))
+
+
+@pytest.mark.compile
+def test_an_export_can_be_trained_on():
+    adapted, x = adapt(), frames(4)
+    plain = torch.nn.Module()
+    plain.adapted, plain.forward = adapted, lambda x: adapted(x).native
+    program = torch.export.export(plain, (x,), strict=False).module()
+    found, wanted = {}, {}
+    for module, gradients in ((program, found), (plain, wanted)):  # the program may share its parameters
+        module.zero_grad()
+        module(x).square().sum().backward()
+        gradients |= {k: p.grad.clone() for k, p in module.named_parameters() if p.grad is not None}
+    assert found.keys() == wanted.keys() and len(found) > 10
+    for name, gradient in found.items():
+        assert_close(gradient, wanted[name], name)
 
 
 def test_files_without_or_with_half_of_an_adapter_are_refused():

@@ -86,8 +86,7 @@ class AddLinears(torch.autograd.Function):
         ctx.save_for_backward(rows if for_w1 else None, z if for_w2 else None, w1, w2, kept)
         ctx.factor, ctx.scaling = factor, scaling
         y = torch.add(x, b2, alpha=scaling).contiguous()
-        out = y.view(rows.shape)
-        torch.addmm(out, z, w2.T, alpha=factor, out=out)
+        y.view(rows.shape).addmm_(z, w2.T, alpha=factor)
         return y
 
     @staticmethod
@@ -203,8 +202,8 @@ class ZeroI2V(Adapter):
         a(u) = u + s (W2 dropout(W1 u + b1) + b2)
 
     with W1 (r, D), W2 (D, r); a1 is one for q, k and v. For a head with offset d, frame t attends to K and V of frame
-    t - d, queries staying its own; a frame without a source keeps its own K and V. Every frame has an embedding that is
-    added to all its tokens after the position embedding, zero at the start.
+    t - d, queries staying its own; a frame without a source keeps its own K and V, as single images do. Every frame has
+    an embedding that is added to all its tokens after the position embedding, zero at the start.
 
     The linear adapters fold exactly: W' = W (I + s W2 W1) before a linear and (I + s W2 W1) W behind one. Offsets and
     frame embeddings stay, at next to no cost. In a ViT-B with 8 frames there are 14,201,856 + 6,144 values.

@@ -121,7 +121,10 @@ class ClipDataset(ClassificationDataset):
                     f"{name}: flip_labels turns {label} into {mirrored} but not back; give both directions"
                 )
             if not 0 <= label < len(self.classes):
-                raise InputError(f"{name}: flip_labels names label {label}, there are {len(self.classes)} classes")
+                raise InputError(
+                    f"{name}: flip_labels names label {label}, there are {len(self.classes)} classes; give "
+                    "flip_labels the names of classes that a mirror exchanges, or {} where there are none"
+                )
         if mirrors or self.flip:
             self._warn_of_sides("flip" if self.flip else mirrors[0])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import InputError, hint
@@ -16,18 +17,35 @@ def is_image(path: Path) -> bool:
     return path.suffix.lower() in IMAGE_SUFFIXES and (path.is_file() or (path.is_symlink() and not path.exists()))
 
 
-def images_below(folder: Path) -> list[Path]:
-    """Image files below a folder at any depth, in a fixed order.
+def folders_below(folder: Path) -> Iterator[tuple[Path, list[str]]]:
+    """A folder and those below it at any depth, with the names of their files.
+
+    Links are followed, but not to a folder that they lie in.
 
     Raises:
-        InputError: a folder cannot be read; its images would be left out without a word.
+        InputError: a folder cannot be read; what is in it would be left out without a word.
     """
 
     def refuse(error: OSError) -> None:
         raise InputError(f"folder {error.filename} cannot be read: {error.strerror.lower()}") from error
 
-    walk = os.walk(folder, onerror=refuse)
-    return sorted(p for base, _, names in walk for p in (Path(base, name) for name in names) if is_image(p))
+    for base, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        here = Path(base)
+        yield here, names
+        links = [name for name in folders if (here / name).is_symlink()]
+        if links:
+            way = [p.resolve() for p in (here, *here.parents) if p.is_relative_to(folder)]
+            around = {name for name in links if any(p.is_relative_to((here / name).resolve()) for p in way)}
+            folders[:] = [name for name in folders if name not in around]
+
+
+def images_below(folder: Path) -> list[Path]:
+    """Image files below a folder at any depth, in a fixed order.
+
+    Raises:
+        InputError: a folder cannot be read.
+    """
+    return sorted(p for here, names in folders_below(folder) for p in map(here.joinpath, names) if is_image(p))
 
 
 def class_of(line: str, classes: tuple[str, ...], where: str) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import warnings
 from collections.abc import Mapping, Sequence
@@ -13,7 +12,7 @@ from ..errors import InputError, Notice, hint
 from ..registry import DATASETS
 from .base import data_root, find_list, read_lines
 from .clips import ClipDataset
-from .folder import class_of
+from .folder import class_of, folders_below
 from .listfile import resolve_labels
 from .video_files import VIDEO_SUFFIXES, frame_files
 
@@ -36,13 +35,9 @@ def clips_below(folder: Path) -> list[Path]:
     Raises:
         InputError: a folder cannot be read, or frames lie in `folder` itself.
     """
-
-    def refuse(error: OSError) -> None:
-        raise InputError(f"folder {error.filename} cannot be read: {error.strerror.lower()}") from error
-
     found = []
-    for base, _, names in os.walk(folder, onerror=refuse):
-        here, frames = Path(base), frame_files(Path(base))
+    for here, names in folders_below(folder):
+        frames = frame_files(here)
         videos = [here / name for name in names if Path(name).suffix.lower() in VIDEO_SUFFIXES]
         if frames and not videos and here == folder:
             raise InputError(f"{folder} holds pictures; the frames of a clip need a folder of their own below it")

@@ -153,7 +153,10 @@ class SomethingSomethingV2(PublishedClips):
         if sorted(indices.values()) != list(range(len(indices))):
             raise InputError(f"{of_labels}: class indices are not 0 to {len(indices) - 1}, each once")
         videos, paths, labels = root / (video_dir or "20bn-something-something-v2"), [], []
-        for number, entry in enumerate(read_json(source)):
+        entries = read_json(source)
+        if not isinstance(entries, list):
+            raise InputError(f"{source} must hold one list of videos")
+        for number, entry in enumerate(entries):
             if not isinstance(entry, dict) or "id" not in entry or not {"template", "label"} & set(entry):
                 raise InputError(f"{source}: entry {number} has no id, or neither template nor label")
             name = str(entry.get("template", entry.get("label"))).translate({ord("["): None, ord("]"): None})

@@ -24,8 +24,9 @@ def checked_offsets(owner: str, offsets: Sequence[Sequence[int]]) -> Offsets:
         InputError: a pair of another form, an offset 0, or no heads.
     """
     for pair in offsets:
-        if not isinstance(pair, Sequence) or len(pair) != 2 or pair[0] == 0 or pair[1] < 1:
-            raise InputError(f"{owner}: offsets are pairs (shift not 0, heads from 1 on), got {pair!r}")
+        fits = isinstance(pair, Sequence) and [type(number) for number in pair] == [int, int]
+        if not fits or pair[0] == 0 or pair[1] < 1:
+            raise InputError(f"{owner}: offsets are pairs of integers (shift not 0, heads from 1 on), got {pair!r}")
     return tuple(tuple(pair) for pair in offsets)
 
 
