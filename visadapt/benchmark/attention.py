@@ -15,6 +15,10 @@ from .setup import Setup
 from .timing import interleaved, ratio
 
 
+ROUNDS = 10
+"""Rounds of one attention per round of a training step, which takes as long or longer: few of them are mostly noise."""
+
+
 class Explicit(AttnCore):
     """softmax(q k^T / sqrt(d) + bias) v with the matrix of the softmax in memory, as papers write it."""
 
@@ -38,7 +42,7 @@ def attention_ratio(setup: Setup, adapted: Adapted) -> dict[str, float]:
     explicit.on = True
     attach(explicit, plain.backbone, plain.ctx)
     candidates = {"ours": step(setup, adapted, core.site.path), "explicit": step(setup, plain, core.site.path)}
-    times = interleaved(candidates, setup.rounds, setup.device)
+    times = interleaved(candidates, ROUNDS * setup.rounds, setup.device)
     return {"attention_over_explicit": ratio(times, "ours", "explicit")}
 
 

@@ -230,7 +230,7 @@ def own_ratios(setup: Setup, name: str) -> dict[str, float]:
     images, base = setup.images(setup.batch), Adapted(setup.backbone()).eval()
     with torch.inference_mode():
         candidates = {"base": partial(base, images), "merged": partial(adapted, images)}
-        times = interleaved(candidates, setup.rounds, setup.device)
+        times = interleaved(candidates, 3 * setup.rounds, setup.device)
     return found | {"merged_over_base": ratio(times, "merged", "base")}
 
 
