@@ -14,9 +14,8 @@ from ..core.kinds import AttnCore
 from .setup import Setup
 from .timing import interleaved, ratio
 
-
 ROUNDS = 10
-"""Rounds of one attention per round of a training step, which takes as long or longer: few of them are mostly noise."""
+"""Rounds of one attention per round of a training step, which takes longer than ten of them: few are mostly noise."""
 
 
 class Explicit(AttnCore):
