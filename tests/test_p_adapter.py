@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from visadapt.adapters._common import laplacian
 from visadapt.adapters._common.laplacian import LaplacianSums
-from visadapt.adapters.p_adapter import LaplacianAttention, PAdapter, attention_probs
+from visadapt.adapters.p_adapter import LaplacianAttention, PAdapter, attention_scores
 from visadapt.core.adapted import Adapted
 from visadapt.core.inject import Output
 from visadapt.errors import InputError
@@ -97,12 +97,13 @@ def test_near_nodes_far_from_zero_keep_their_distance():
 
 def test_attended_values_come_with_the_sums(monkeypatch):
     monkeypatch.setitem(laplacian.BLOCK, "cpu", 4 * 5 * 7)
-    probs, _, fv = given(own=True)
-    values = [probs.requires_grad_(), fv.requires_grad_(), random(6, 7, 4, seed=5).requires_grad_()]
-    probs, fv, x = values
+    _, _, fv = given(own=True)
+    masked = torch.full((5, 7), torch.finfo(torch.float64).min, dtype=torch.float64).triu(3)
+    scores, x = random(6, 5, 7, seed=3) + masked, random(6, 7, 4, seed=5)
+    values = scores, fv, x = [v.requires_grad_() for v in (scores, fv, x)]
     p = torch.tensor(1.5, dtype=torch.float64)
-    both = LaplacianSums.apply(probs, fv[:, 2:], fv, p, True, False, x)
-    apart = LaplacianSums.apply(probs, fv[:, 2:], fv, p, True, False), probs @ x
+    both = LaplacianSums.apply(scores, fv[:, 2:], fv, p, True, False, x)
+    apart = LaplacianSums.apply(scores.softmax(-1), fv[:, 2:], fv, p, True, False), scores.softmax(-1) @ x
     given_back = [random(*y.shape, seed=6) for y in apart]
     assert all(torch.equal(one, other) for one, other in zip(both, apart))
     for one, other in zip(*(torch.autograd.grad(y, values, given_back) for y in (both, apart)), strict=True):
@@ -171,7 +172,7 @@ def test_rows_with_a_cache_are_those_of_the_whole_sequence(options):
 def test_cross_attention_is_the_first_rows_of_the_symmetric_graph(beta):
     (module, piece), x, context = layer("xattn", sample_len=None, beta_cross=beta), random(1, 3, 32), random(1, 5, 32)
     q, k, v, _ = module.project(x, context)
-    probs, nodes = attention_probs(q, k, None), module.output(torch.cat([q, v], 2), x)
+    probs, nodes = attention_scores(q, k, None).softmax(-1), module.output(torch.cat([q, v], 2), x)
     both = torch.zeros(4, 8, 8, dtype=x.dtype)
     both[:, :3, 3:], both[:, 3:, :3] = probs[0], probs[0].mT
     f = piece.inner(nodes)[0].unflatten(-1, (4, -1)).transpose(0, 1)
@@ -194,7 +195,8 @@ def test_values_across_are_pooled_to_the_given_number():
     assert difference(module(x, context), whole) > 1e-4
     twice = context[:, ::2].repeat_interleave(2, 1)  # pairs of equal values have themselves as their mean
     q, k, v, _ = module.project(x, twice)
-    probs, h = attention_probs(q, k, None), module.output(attention_probs(q, k, None) @ v, x)
+    probs = attention_scores(q, k, None).softmax(-1)
+    h = module.output(probs @ v, x)
     nodes = module.output(torch.cat([q, v[:, :, ::2]], 2), x)
     assert_close(module(x, twice), piece.mix(h, *piece.gather(piece.inner(nodes), probs[..., ::2])))
 

@@ -27,15 +27,15 @@ def _as_bert(module: nn.Module) -> None:
         nn.init.zeros_(linear.bias)
 
 
-def attention_probs(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
-    """softmax(q k^T / sqrt(head_dim)), (B, H, q, k); `bias` as F.scaled_dot_product_attention takes it."""
+def attention_scores(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
+    """q k^T / sqrt(head_dim), (B, H, q, k); `bias` as F.scaled_dot_product_attention takes it."""
     scores = (q * q.shape[-1] ** -0.5) @ k.mT
     if bias is None:
-        return scores.softmax(-1)
+        return scores
     lowest = torch.finfo(scores.dtype).min  # and not -inf, with which a row that is masked throughout would be NaN
     if bias.dtype == torch.bool:
-        return scores.masked_fill(~bias, lowest).softmax(-1)
-    return (scores + bias.clamp(min=lowest)).softmax(-1)
+        return scores.masked_fill(~bias, lowest)
+    return scores + bias.clamp(min=lowest)
 
 
 def pool_keys(x: Tensor, length: int) -> Tensor:
@@ -59,31 +59,33 @@ class LaplacianAttention(AttnCore):
         self.beta = options.beta_cross or not self.cross
 
     def run(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, output: Output, ctx: Context) -> Tensor:
-        probs = attention_probs(q, k, bias)
+        scores = attention_scores(q, k, bias)
         if not self.cross:
-            f, sums, o = self.gather(output.then(self.inner, v), probs, v)
+            f, sums, o = self.gather(output.then(self.inner, v), scores, v)
             return self.mix(output(o), f, sums)
+        probs = scores.softmax(-1)
         h = output(probs.to(v.dtype) @ v)
         if self.length is not None:
             probs, v = pool_keys(probs, self.length), pool_keys(v.mT, self.length).mT
         return self.mix(h, *self.gather(output.then(self.inner, torch.cat([q, v], 2)), probs))
 
-    def gather(self, nodes: Tensor, probs: Tensor, v: Tensor | None = None) -> tuple[Tensor, ...]:
+    def gather(self, nodes: Tensor, attention: Tensor, v: Tensor | None = None) -> tuple[Tensor, ...]:
         """Messages and weights that the queries get, and what attention makes of v.
 
         Args:
             nodes: W_i P X: queries and then values (B, q + k, width) in cross-attention, else values (B, k, width).
-            probs: attention (B, H, q, k); in self-attention the queries are the last q of the k nodes.
+            attention: after softmax, with v before it, (B, H, q, k); in self-attention the queries are the last q of
+                the k nodes.
             v: (B, H, k, d) or None.
 
         Returns:
-            Features of the queries (B, H, q, c), sums (B, H, q, c + 1), and probs @ v where v is given.
+            Features of the queries (B, H, q, c), sums (B, H, q, c + 1), and where v is given what attention makes of it.
         """
-        (batch, heads, q, k), work = probs.shape, self.work
-        with torch.autocast(probs.device.type, enabled=False):
+        (batch, heads, q, k), work = attention.shape, self.work
+        with torch.autocast(attention.device.type, enabled=False):
             f = nodes.to(work).unflatten(-1, (heads, -1)).transpose(1, 2).flatten(0, 1)
             fq, fv = f.split([q, k], 1) if self.cross else (f[:, -q:], f)
-            given = probs.to(work).flatten(0, 1), fq, fv, self.p.to(work), not self.cross, self.loops
+            given = attention.to(work).flatten(0, 1), fq, fv, self.p.to(work), not self.cross, self.loops
             found = [LaplacianSums.apply(*given)] if v is None else LaplacianSums.apply(*given, v.flatten(0, 1))
         return tuple(x.unflatten(0, (batch, heads)) for x in (fq, *found))
 

@@ -76,64 +76,72 @@ class LaplacianSums(torch.autograd.Function):
     zero: its huge gradients would cancel, and take all others with them.
 
     Args:
-        probs: A (N, q, k), at least 0.
+        given: A (N, q, k), at least 0; with x scores whose softmax A is.
         fq: features F_i of the queries (N, q, c).
         fv: features F_j of the values (N, k, c).
         p: scalar.
         own: the queries are the last q of the values.
         loops: messages of a node to itself count; with `own` only.
-        x: (N, k, d) or None. Where it is given, A x comes with the sums, in the dtype of x: of two separate products,
-            the gradients by A would be added in a pass of its own.
+        x: (N, k, d) or None. Where it is given, A x comes with the sums, in the dtype of x: softmax, sums and products
+            of a block find A in the cache, forward and backward.
     """
 
     @staticmethod
     def forward(
-        ctx, probs: Tensor, fq: Tensor, fv: Tensor, p: Tensor, own: bool, loops: bool, x: Tensor | None = None
+        ctx, given: Tensor, fq: Tensor, fv: Tensor, p: Tensor, own: bool, loops: bool, x: Tensor | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
-        step, sums, distances, power = _step(probs), [], [], p / 2 - 1
-        for a, i, j, *shifts, ones in _blocks(step, probs, fq, fv, _shifts(fq), _shifts(fv), _with_ones(fv)):
+        step, sums, attended, probs, distances, power = _step(given), [], [], [], [], p / 2 - 1
+        attends = repeat(None) if x is None else _blocks(step, x)
+        blocks = _blocks(step, given, fq, fv, _shifts(fq), _shifts(fv), _with_ones(fv))
+        for (a, i, j, *shifts, ones), values in zip(blocks, attends):
+            if values is not None:
+                a = a.softmax(-1)
+                attended.append(a.to(x.dtype) @ values[0])
             d2 = torch.cdist(i, j, compute_mode="donot_use_mm_for_euclid_dist").square_()
             s, *_ = _squares(a, d2, *shifts, j.shape[-1])
             weights = s.log2_().mul_(power).exp2_().mul_(a)
             if own and not loops:
                 _diagonal(weights).zero_()
             sums.append(_product(weights, ones))
+            probs.append(a)
             distances.append(d2)
-        ctx.save_for_backward(probs, fq, fv, p, x, *distances)
+        ctx.save_for_backward(fq, fv, p, x, *probs, *distances)
         ctx.own, ctx.loops, ctx.step = own, loops, step
-        return torch.cat(sums) if x is None else (torch.cat(sums), probs.to(x.dtype) @ x)
+        return torch.cat(sums) if x is None else (torch.cat(sums), torch.cat(attended))
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor, grad_x: Tensor | None = None):
-        probs, fq, fv, p, x, *distances = ctx.saved_tensors
-        by_probs, by_x, found, power = torch.empty_like(probs), None, [], p / 2 - 1
+        fq, fv, p, x, *saved = ctx.saved_tensors
+        count, power = len(saved) // 2, p / 2 - 1
+        by_given, by_x, found = fq.new_empty(*fq.shape[:2], fv.shape[1]), [], []
         ones_q, ones_v = _with_ones(fq), _with_ones(fv)
-        blocks = _blocks(ctx.step, by_probs, grad, probs, ones_q, ones_v, _shifts(fq), _shifts(fv))
-        products = repeat(None) if x is None else _blocks(ctx.step, grad_x, x)
+        blocks = _blocks(ctx.step, by_given, grad, ones_q, ones_v, _shifts(fq), _shifts(fv))
+        attends = repeat(None) if x is None else _blocks(ctx.step, grad_x, x)
         with torch.autocast(grad.device.type, enabled=False):
-            for block, d2, product in zip(blocks, distances, products):
-                found.append(_gradients(*block, d2, power, ctx.own, ctx.loops))
-                if product is not None and ctx.needs_input_grad[0]:
-                    by_a, (g, values) = block[0], product
-                    by_a.baddbmm_(g.to(by_a.dtype), values.to(by_a.dtype).mT)
-            if x is not None and ctx.needs_input_grad[6]:
-                by_x = probs.to(x.dtype).mT @ grad_x
+            for (by_a, *block), a, d2, product in zip(blocks, saved[:count], saved[count:], attends):
+                found.append(_gradients(by_a, a, d2, *block, power, ctx.own, ctx.loops))
+                if product is not None:
+                    by_attended, values = product
+                    by_a.baddbmm_(by_attended.to(a.dtype), values.to(a.dtype).mT)
+                    by_a.mul_(a).addcmul_(a, by_a.sum(-1, keepdim=True), value=-1)  # softmax
+                    by_x.append(a.to(x.dtype).mT @ by_attended)
         sent, to_q, to_v, even_q, even_v, by_power = map(torch.cat, zip(*found))
         by_fq = 2 * (fq * to_q[..., -1:] - to_q[..., :-1] - EPS * even_q[..., None])
         by_fv = sent + 2 * (fv * to_v[..., -1:] - to_v[..., :-1] + EPS * even_v[..., None])
-        return by_probs, by_fq, by_fv, by_power.sum() * (math.log(2) / 2), None, None, by_x
+        by_p = by_power.sum() * (math.log(2) / 2)
+        return by_given, by_fq, by_fv, by_p, None, None, torch.cat(by_x) if by_x else None
 
 
 def _gradients(
     by_a: Tensor,
-    grad: Tensor,
     a: Tensor,
+    d2: Tensor,
+    grad: Tensor,
     ones_q: Tensor,
     ones_v: Tensor,
     shift_q: Tensor,
     shift_v: Tensor,
-    d2: Tensor,
     power: Tensor,
     own: bool,
     loops: bool,
