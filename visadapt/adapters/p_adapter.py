@@ -79,7 +79,7 @@ class LaplacianAttention(AttnCore):
             v: (B, H, k, d) or None.
 
         Returns:
-            Features of the queries (B, H, q, c), sums (B, H, q, c + 1), and where v is given what attention makes of it.
+            Features of the queries (B, H, q, c), sums (B, H, q, c + 1), and, with v, what attention makes of it.
         """
         (batch, heads, q, k), work = attention.shape, self.work
         with torch.autocast(attention.device.type, enabled=False):
