@@ -193,6 +193,20 @@ def test_titles_of_any_encoding_and_unknown_codecs(tmp_path):
         open_clip(path, "av")
 
 
+def test_the_picture_on_the_cover_is_no_video(tmp_path):
+    av = pytest.importorskip("av", reason="PyAV is not installed")
+    with av.open(str(tmp_path / "a.mkv"), "w") as out:
+        cover, film = out.add_stream("mjpeg", rate=1), out.add_stream("mpeg4", rate=10)
+        cover.height, cover.width, cover.pix_fmt = 24, 32, "yuvj420p"
+        film.height, film.width, film.pix_fmt = 48, 64, "yuv420p"
+        for stream, shown in ((cover, pictures(1)), (film, pictures(16, 48, 64))):
+            for frame in shown:
+                out.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+            out.mux(stream.encode())
+    with open_clip(tmp_path / "a.mkv", "av") as clip:
+        assert len(clip) == 16 and numbers(clip.frames([3])) == [3]
+
+
 def test_frames_of_two_sizes_are_unreadable(tmp_path):
     path = folder(tmp_path / "a")
     cv2.imwrite(str(path / "img_5.png"), pictures(1, 9, 9)[0])
