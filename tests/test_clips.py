@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import struct
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -205,6 +206,18 @@ def test_the_picture_on_the_cover_is_no_video(tmp_path):
             out.mux(stream.encode())
     with open_clip(tmp_path / "a.mkv", "av") as clip:
         assert len(clip) == 16 and numbers(clip.frames([3])) == [3]
+
+
+def test_frames_that_cannot_be_gone_to_are_unreadable(tmp_path, monkeypatch):
+    av = pytest.importorskip("av", reason="PyAV is not installed")
+
+    def seek(*_, **__):
+        raise av.error.PermissionError(1, "Operation not permitted")
+
+    with open_clip(video(tmp_path / "a.mp4"), "av") as clip:
+        monkeypatch.setattr(clip, "_container", SimpleNamespace(seek=seek, close=clip._container.close))
+        with pytest.raises(UnreadableImage, match=r"a\.mp4: frame 3 of 16 cannot be decoded"):
+            clip.frames([3])
 
 
 def test_frames_of_two_sizes_are_unreadable(tmp_path):

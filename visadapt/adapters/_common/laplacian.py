@@ -121,10 +121,13 @@ class LaplacianSums(torch.autograd.Function):
         with torch.autocast(grad.device.type, enabled=False):
             for (by_a, *block), a, d2, product in zip(blocks, saved[:count], saved[count:], attends):
                 found.append(_gradients(by_a, a, d2, *block, power, ctx.own, ctx.loops))
-                if product is not None:
-                    by_attended, values = product
+                if product is None:
+                    continue
+                by_attended, values = product
+                if ctx.needs_input_grad[0]:
                     by_a.baddbmm_(by_attended.to(a.dtype), values.to(a.dtype).mT)
                     by_a.mul_(a).addcmul_(a, by_a.sum(-1, keepdim=True), value=-1)  # softmax
+                if ctx.needs_input_grad[6]:
                     by_x.append(a.to(x.dtype).mT @ by_attended)
         sent, to_q, to_v, even_q, even_v, by_power = map(torch.cat, zip(*found))
         by_fq = 2 * (fq * to_q[..., -1:] - to_q[..., :-1] - EPS * even_q[..., None])
