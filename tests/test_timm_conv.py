@@ -211,12 +211,12 @@ def from_file(family, tmp_path, monkeypatch, **options):
 
 
 def from_hub(family, tmp_path, monkeypatch, **options):
-    create = timm.create_model
+    create, weights = timm.create_model, pristine(family).body.state_dict()
 
     def fetch(name, pretrained, **kwargs):
         assert pretrained and kwargs["in_chans"] == 3, "the hub has RGB weights"
         model = create(name, pretrained=False, **kwargs)
-        model.load_state_dict(pristine(family).body.state_dict())
+        model.load_state_dict(weights)
         return model
 
     monkeypatch.setattr(timm, "create_model", fetch)
