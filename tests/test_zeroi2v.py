@@ -9,7 +9,7 @@ import torch
 from cases import TINY
 from small import zeroi2v_state
 
-from visadapt.adapters.zeroi2v import OFFSETS, LinearAdapter, ZeroI2V, _kept
+from visadapt.adapters.zeroi2v import OFFSETS, AddLinears, LinearAdapter, ZeroI2V, _kept
 from visadapt.backbones.timm_vit import TimmViT
 from visadapt.convert import convert
 from visadapt.convert.zeroi2v import zeroi2v_keys
@@ -98,6 +98,20 @@ def test_dropout_of_a_linear_adapter(compiling, monkeypatch):
     for found, wanted in zip(*(torch.autograd.grad(out, over, cotangent) for out in (y, plain)), strict=True):
         assert_close(found, wanted)
     assert_close(module.eval()(x), x + 0.5 * module.up(module.down(x)))
+
+
+@pytest.mark.parametrize("dropped", [False, True])
+def test_linear_adapters_in_float32_are_those_in_float64(dropped):
+    """Whose gradients are tested above; in float32 the mask and x come in with the products on a CPU."""
+    torch.manual_seed(0)
+    x, w1, b1, w2, b2 = (torch.randn(s, dtype=torch.float64) / 4 for s in ((2, 9, 24), (6, 24), (6,), (24, 6), (24,)))
+    kept, cotangent, found = (torch.rand(2, 9, 6) > 0.3).double() if dropped else None, torch.randn(2, 9, 24), []
+    for dtype in (torch.float64, torch.float32):
+        leaves = [t.to(dtype).requires_grad_() for t in (x, w1, b1, w2, b2)]
+        y = AddLinears.apply(*leaves, None if kept is None else kept.to(dtype), 0.7, 0.5)
+        found.append([y, *torch.autograd.grad(y, leaves, cotangent.to(dtype))])
+    for exact, single in zip(*found, strict=True):
+        assert_close(single.double(), exact, tolerance=1e-5)
 
 
 @pytest.mark.parametrize("rate", [0.002, 0.1, 0.998])

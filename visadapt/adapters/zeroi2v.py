@@ -14,6 +14,7 @@ from ..core.adapter import Adapter
 from ..core.context import Context
 from ..core.inject import in_autocast
 from ..core.kinds import SiteModule, Tokens, WeightMap
+from ..core.products import affine
 from ..core.sites import Site
 from ..errors import InputError, hint
 from ..registry import ADAPTERS
@@ -38,16 +39,16 @@ PLACES = {
 
 
 def _kept(x: Tensor, width: int, dropout: float) -> Tensor:
-    """What dropout leaves of `width` values per token of x (..., D), as (N, width) ones and zeros.
+    """What dropout leaves of `width` values per token of x (..., D), as (..., width) ones and zeros.
 
     CPUs draw 64 bits in the time of one number. Those are enough for eight values at a rate in steps of 1/256: a call
     takes one of the two steps around `dropout`, so often that every value is dropped at that rate. Products with
     booleans would be four times slower there.
     """
-    shape = x.shape[:-1].numel(), width
+    shape = (*x.shape[:-1], width)
     if x.device.type != "cpu" or torch.compiler.is_compiling() or dropout > 255 / 256:
         return (torch.rand(shape, device=x.device) >= dropout).to(x.dtype)
-    count, dropped = shape[0] * width, int(256 * dropout + torch.rand((), device=x.device).item())
+    count, dropped = x.shape[:-1].numel() * width, int(256 * dropout + torch.rand((), device=x.device).item())
     words = torch.empty(-(-count // 8), dtype=torch.int64, device=x.device).random_(-(2**63), None).view(torch.uint8)
     return torch.ge(words[:count].view(shape), dropped, out=torch.empty(shape, dtype=x.dtype, device=x.device))
 
@@ -61,7 +62,7 @@ class AddLinears(torch.autograd.Function):
         b1: (r,).
         w2: (D, r).
         b2: (D,).
-        kept: m (N, r), ones and zeros; only ones where None.
+        kept: m (..., r), ones and zeros; only ones where None.
         factor: c.
         scaling: s.
     """
@@ -78,29 +79,22 @@ class AddLinears(torch.autograd.Function):
         factor: float,
         scaling: float,
     ) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])
-        z = torch.addmm(b1, rows, w1.T)
-        if kept is not None:
-            z.mul_(kept)
+        z = affine(x, w1, b1, times=kept)
         _, for_w1, _, for_w2, *_ = ctx.needs_input_grad
-        ctx.save_for_backward(rows if for_w1 else None, z if for_w2 else None, w1, w2, kept)
+        ctx.save_for_backward(x if for_w1 else None, z if for_w2 else None, w1, w2, kept)
         ctx.factor, ctx.scaling = factor, scaling
-        y = torch.add(x, b2, alpha=scaling).contiguous()
-        y.view(rows.shape).addmm_(z, w2.T, alpha=factor)
-        return y
+        return affine(z, w2 * factor, b2 * scaling, plus=x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
-        rows, z, w1, w2, kept = ctx.saved_tensors
-        g = grad.reshape(-1, grad.shape[-1])
+        x, z, w1, w2, kept = ctx.saved_tensors
         with torch.autocast(grad.device.type, enabled=False):
-            by_z = g @ (w2 * ctx.factor)
-            if kept is not None:
-                by_z.mul_(kept)
-            by_x = torch.addmm(g, by_z, w1).view(grad.shape) if ctx.needs_input_grad[0] else None
-            by_w1 = None if rows is None else by_z.T @ rows
-            by_w2 = None if z is None else (g.T @ z).mul_(ctx.factor)
+            by_z = affine(grad, (w2 * ctx.factor).T, times=kept)
+            by_x = affine(by_z, w1.T, plus=grad) if ctx.needs_input_grad[0] else None
+            by_z, g = by_z.flatten(0, -2), grad.flatten(0, -2)
+            by_w1 = None if x is None else affine(by_z.T, x.flatten(0, -2).T)
+            by_w2 = None if z is None else affine(z.flatten(0, -2).T, g.T).T.mul_(ctx.factor)
         return by_x, by_w1, by_z.sum(0), by_w2, g.sum(0).mul_(ctx.scaling), None, None, None
 
 

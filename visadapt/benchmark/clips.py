@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -39,7 +38,7 @@ def measure_clips(setup: Setup, method: str = "ZeroI2V") -> dict[str, Any]:
         times = interleaved({"loading": partial(list, loader), "training": step}, ROUNDS, setup.device)
     loading, training = median(times["loading"]) / VIDEOS, median(times["training"])
     return {
-        **{"visadapt": __version__, "machine": platform.processor() or platform.machine(), "device": setup.device},
+        **{"visadapt": __version__, "machine": setup.machine(), "device": setup.device},
         **{"model": setup.model, "size": setup.size, "method": method, "decoder": choose("auto"), "workers": WORKERS},
         **{"clips_per_second_loaded": 1 / loading, "clips_per_second_trained": 1 / training},
         "loading_over_training": loading / training,

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import platform
+import re
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.utils import collect_env
 
 from ..backbones.timm_vit import TimmViT
 from ..errors import InputError
@@ -43,6 +46,13 @@ class Setup:
         patch = self.backbone().patch
         if self.size < 2 * patch:
             raise InputError(f"--size {self.size} is too small: half of it must hold a patch of {patch} pixels")
+
+    def machine(self) -> str:
+        """The GPU, or the processor with the vector units that torch found: libraries differ in how they use them."""
+        if self.device == "cuda":
+            return torch.cuda.get_device_name()
+        named = re.search(r"^Model name:\s*(.+)$", collect_env.get_cpu_info(collect_env.run) or "", re.MULTILINE)
+        return f"{named[1] if named else platform.machine()} ({torch.backends.cpu.get_cpu_capability()})"
 
     def backbone(self) -> TimmViT:
         torch.manual_seed(0)

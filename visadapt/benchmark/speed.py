@@ -6,7 +6,6 @@ backward of the same backbone.
 
 from __future__ import annotations
 
-import platform
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -136,7 +135,6 @@ def measure(setup: Setup, methods: list[str]) -> dict[str, Any]:
     """Everything, as one flat object; a row per method, itself flat, under "methods"."""
     found = memory(setup) | training(setup) | inference(setup) | switching(setup) | exchange(setup)
     found |= cached_epochs(setup) | runner_cost(setup)
-    machine = torch.cuda.get_device_name() if setup.device == "cuda" else platform.processor() or platform.machine()
-    found |= {"machine": machine, "threads": torch.get_num_threads(), "visadapt": __version__}
+    found |= {"machine": setup.machine(), "threads": torch.get_num_threads(), "visadapt": __version__}
     found["methods"] = measure_methods(replace(setup, rounds=max(3, setup.rounds // 3)), methods)
     return found | {p: version(p) for p in ("torch", "timm", "peft")} | asdict(setup)

@@ -19,6 +19,7 @@ from ..errors import InputError
 from .context import Context
 from .kinds import AttnCore, Delta, Prompt, SiteModule, Tokens, WeightMap
 from .lowrank import LowRankLinear, merged_weight, worth_factoring
+from .products import affine
 from .routing import routed_forward
 from .sparse import Entries, SparseLinear, with_entries
 
@@ -156,7 +157,7 @@ class WeightForward:
         rows, scales = tuple(p.site.rows or (0, weight.shape[0]) for p in pieces), tuple(p.scale for p in pieces)
         with torch.autocast(x.device.type, enabled=False):
             if not torch.is_grad_enabled():
-                return F.linear(x, with_entries(weight, rows, scales, [e.index for e in sparse], values), bias)
+                return affine(x, with_entries(weight, rows, scales, [e.index for e in sparse], values), bias)
             return SparseLinear.apply(x, weight, bias, rows, scales, sparse, *values)
 
     def _low_rank(self, x: Tensor, pieces: list[Delta], low_rank: list[tuple[Tensor, Tensor, float]]) -> Tensor:
@@ -172,7 +173,7 @@ class WeightForward:
         scales = tuple(p.scale * s for p, (_, _, s) in zip(pieces, low_rank))
         with torch.autocast(x.device.type, enabled=False):
             if not torch.is_grad_enabled():
-                return F.linear(x, merged_weight(weight, rows, scales, *factors), bias)
+                return affine(x, merged_weight(weight, rows, scales, *factors), bias)
             return LowRankLinear.apply(x, weight, bias, rows, scales, *factors)
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from .products import affine
 
 Rows = tuple[int, int]
 
@@ -34,7 +35,7 @@ class LowRankLinear(torch.autograd.Function):
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, rows, scales, *factors: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight, *factors)
         ctx.rows, ctx.scales = rows, scales
-        return F.linear(x, merged_weight(weight, rows, scales, *factors), bias)
+        return affine(x, merged_weight(weight, rows, scales, *factors), bias)
 
     @staticmethod
     @once_differentiable
@@ -46,12 +47,12 @@ class LowRankLinear(torch.autograd.Function):
         downs, ups = factors[0::2], factors[1::2]
         ranks = [a.shape[0] for a in downs]
         slices = [flat_g[:, start:stop] for start, stop in ctx.rows]
-        thin_x = ((downs[0] if len(downs) == 1 else torch.cat(downs)) @ flat_x.T).split(ranks)  # A x
-        thin_g = [torch.mm((s * b).T.contiguous(), g.T) for s, b, g in zip(ctx.scales, ups, slices)]  # s B.T g
-        grads_a = ((thin_g[0] if len(thin_g) == 1 else torch.cat(thin_g)) @ flat_x).split(ranks)
-        grads_b = [torch.mm(t, g).T.mul_(s) for s, t, g in zip(ctx.scales, thin_x, slices)]
+        thin_x = affine(downs[0] if len(downs) == 1 else torch.cat(downs), flat_x).split(ranks)  # A x
+        thin_g = [affine((s * b).T.contiguous(), g) for s, b, g in zip(ctx.scales, ups, slices)]  # s B.T g
+        grads_a = affine(thin_g[0] if len(thin_g) == 1 else torch.cat(thin_g), flat_x.T).split(ranks)
+        grads_b = [affine(t, g.T).T.mul_(s) for s, t, g in zip(ctx.scales, thin_x, slices)]
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = (flat_g @ merged_weight(weight, ctx.rows, ctx.scales, *factors)).view_as(x)
+            grad_x = affine(grad, merged_weight(weight, ctx.rows, ctx.scales, *factors).T)
         pairs = [g for pair in zip(grads_a, grads_b) for g in pair]
         return grad_x, None, None, None, None, *pairs

@@ -6,9 +6,10 @@ import warnings
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from .products import affine
 
 DENSEST = 1 / 16
 """Share of entries up to which the CPU computes the gradients of the entries alone. On weights of 768 x 768 and
@@ -65,11 +66,11 @@ class SparseLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, rows, scales, entries, *values: Tensor) -> Tensor:
-        ctx.rows, ctx.scales, ctx.entries, ctx.shape = rows, scales, entries, x.shape
+        ctx.rows, ctx.scales, ctx.entries = rows, scales, entries
         ctx.by_columns = all(e.columns is not None for e in entries)
         kept = [x[..., e.columns] for e in entries] if ctx.by_columns else [x]
         ctx.save_for_backward(weight, *values, *kept)
-        return F.linear(x, with_entries(weight, rows, scales, [e.index for e in entries], values), bias)
+        return affine(x, with_entries(weight, rows, scales, [e.index for e in entries], values), bias)
 
     @staticmethod
     @once_differentiable
@@ -86,5 +87,5 @@ class SparseLinear(torch.autograd.Function):
         grad_x = None
         if ctx.needs_input_grad[0]:
             changed = with_entries(weight, ctx.rows, ctx.scales, [e.index for e in ctx.entries], values)
-            grad_x = (flat @ changed).view(ctx.shape)
+            grad_x = affine(grad, changed.T)
         return grad_x, None, None, None, None, None, *found

@@ -1,0 +1,118 @@
+"""Products by oneDNN against the formula in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from visadapt.benchmark.flops import flops
+from visadapt.core.lowrank import LowRankLinear
+from visadapt.core.products import ONEDNN, affine
+from visadapt.testing import assert_close
+
+IN, OUT = 24, 10
+EXACT = 1e-5  # of float32
+needs_onednn = pytest.mark.skipif(ONEDNN is None, reason="torch is built without oneDNN")
+
+
+@pytest.fixture(params=[True, False], ids=["onednn", "torch"])
+def enabled(request, monkeypatch):
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", request.param)
+    return request.param
+
+
+class Called(TorchDispatchMode):
+    """What oneDNN is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.given = []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        if op.namespace == "mkldnn":
+            self.given.append([x for x in args if isinstance(x, torch.Tensor)])
+        return op(*args, **kwargs or {})
+
+
+def operands(*leading):
+    torch.manual_seed(0)
+    shapes = dict(x=(*leading, IN), w=(OUT, IN), b=(OUT,), times=(*leading, OUT), plus=(*leading, OUT))
+    return {name: torch.randn(shape, dtype=torch.float64) for name, shape in shapes.items()}
+
+
+def formula(x, w, b=0, times=1, plus=0):
+    return (x @ w.T + b) * times + plus
+
+
+def single(tensors, names):
+    return {name: tensors[name].float() for name in ("x", "w", *names)}
+
+
+@pytest.mark.parametrize("names", [(), ("b",), ("times",), ("plus",), ("b", "times"), ("b", "plus")], ids="-".join)
+@pytest.mark.parametrize("leading", [(7,), (2, 5), (2, 3, 4), (), (0,), (3, 0)], ids=str)
+def test_formula(leading, names, enabled):
+    given = single(operands(*leading), names)
+    with torch.no_grad():
+        y = affine(**given)
+    assert y.dtype == torch.float32 and not y._is_view()
+    assert_close(y.double(), formula(**{name: t.double() for name, t in given.items()}), tolerance=EXACT)
+
+
+@needs_onednn
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_onednn_is_asked_for_float32_unless_it_is_switched_off(enabled, dtype):
+    given = {name: t.to(dtype) for name, t in operands(7).items() if name != "plus"}
+    with Called() as called:
+        affine(**given)
+    assert len(called.given) == (enabled and dtype == torch.float32)
+
+
+def test_tensors_of_other_kinds_are_left_to_torch():
+    with FakeTensorMode():
+        assert affine(torch.randn(5, IN), torch.randn(OUT, IN), times=torch.randn(5, OUT)).shape == (5, OUT)
+
+
+@pytest.mark.parametrize("names", [(), ("times",), ("plus",)], ids="-".join)
+def test_flops_are_counted(names):
+    given = single(operands(2, 5), names)
+    assert flops(lambda: affine(**given)) == 2 * 10 * IN * OUT
+
+
+LAYOUTS = {
+    "transposed": lambda x: x.mT.contiguous().mT,
+    "columns": lambda x: torch.cat([x, x], -1)[:, : x.shape[-1]],
+    "every second": lambda x: torch.stack([x, x], -1)[..., 0],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [*((n, layout) for n in ("x", "w", "times", "plus") for layout in LAYOUTS), ("b", "every second")],
+)
+def test_layouts(name, layout):
+    """What has gaps is copied: oneDNN may take a thousand times longer for matrices, and reads a bias as if without."""
+    given = single(operands(7), () if name in ("x", "w") else (name,))
+    wanted = formula(**{key: t.double() for key, t in given.items()})
+    given[name] = LAYOUTS[layout](given[name])
+    assert not given[name].is_contiguous()
+    with Called() as called:
+        assert_close(affine(**given).double(), wanted, tolerance=EXACT)
+    assert len(called.given) == (ONEDNN is not None)
+    assert all(x.is_contiguous() or x.mT.is_contiguous() for tensors in called.given for x in tensors)
+
+
+def test_updates_of_slices_train_the_same_with_and_without(enabled):
+    torch.manual_seed(0)
+    rows, scales = ((0, 16), (16, 48)), (0.5, -2.0)
+    x, w, b = torch.randn(3, 20, IN, requires_grad=True), torch.randn(48, IN), torch.randn(48)
+    factors = [torch.randn(s, requires_grad=True) for s in ((4, IN), (16, 4), (4, IN), (32, 4))]
+    leaves = [x, *factors]
+    plain = [t.detach().double().requires_grad_() for t in leaves]
+    y = plain[0] @ w.double().T + b
+    y = y + torch.cat([s * plain[0] @ down.T @ up.T for s, down, up in zip(scales, plain[1::2], plain[2::2])], -1)
+    cotangent = torch.randn(y.shape)
+    found = torch.autograd.grad(LowRankLinear.apply(x, w, b, rows, scales, *factors), leaves, cotangent)
+    for one, other in zip(found, torch.autograd.grad(y, plain, cotangent.double()), strict=True):
+        assert_close(one.double(), other, "gradient", EXACT)
