@@ -196,6 +196,7 @@ def test_a_map_behind_a_random_one_has_no_weight_to_work_on():
 
 
 def test_pieces_that_are_off_take_no_part():
+    """Bit by bit, so that what oneDNN computes for others is left to torch."""
     pieces = [Low(site()), Affine(site()), Dense(site((0, 2)))]
     linear, _ = linear_with(*pieces)
     x = torch.randn(3, 4)

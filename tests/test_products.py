@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from visadapt.benchmark.flops import flops
 from visadapt.core.lowrank import LowRankLinear
-from visadapt.core.products import ONEDNN, affine
+from visadapt.core.products import ONEDNN, Linear, affine, linear
 from visadapt.testing import assert_close
 
 IN, OUT = 24, 10
@@ -101,6 +102,35 @@ def test_layouts(name, layout):
         assert_close(affine(**given).double(), wanted, tolerance=EXACT)
     assert len(called.given) == (ONEDNN is not None)
     assert all(x.is_contiguous() or x.mT.is_contiguous() for tensors in called.given for x in tensors)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_gradients_of_any_order(bias):
+    given = {name: t.requires_grad_() for name, t in operands(2, 5).items()}
+    inputs = given["x"], given["w"], given["b"] if bias else None
+    assert torch.autograd.gradcheck(Linear.apply, inputs) and torch.autograd.gradgradcheck(Linear.apply, inputs)
+
+
+@pytest.mark.parametrize("trains", [("x",), ("w",), ("b",), ("x", "w", "b")], ids="-".join)
+def test_gradients_in_float32(trains, enabled):
+    given = {name: t for name, t in operands(2, 5).items() if name in ("x", "w", "b")}
+    found = []
+    for dtype, product in ((torch.float32, linear), (torch.float64, F.linear)):
+        leaves = {name: t.to(dtype).requires_grad_(name in trains) for name, t in given.items()}
+        with Called() as called:
+            y = product(*leaves.values())
+            gradients = torch.autograd.grad(y.square().sum() / 100, [leaves[name] for name in trains])
+        by_onednn = ONEDNN is not None and enabled and dtype == torch.float32
+        assert len(called.given) == by_onednn * (1 + ("x" in trains) + ("w" in trains))
+        found.append([y, *gradients])
+    for single, exact in zip(*found, strict=True):
+        assert_close(single.double(), exact, tolerance=EXACT)
+
+
+def test_autocast_is_followed(enabled):
+    given = single(operands(7), ("b",))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert linear(*given.values()).dtype == torch.bfloat16
 
 
 def test_updates_of_slices_train_the_same_with_and_without(enabled):

@@ -19,7 +19,7 @@ from ..errors import InputError
 from .context import Context
 from .kinds import AttnCore, Delta, Prompt, SiteModule, Tokens, WeightMap
 from .lowrank import LowRankLinear, merged_weight, worth_factoring
-from .products import affine
+from .products import affine, linear
 from .routing import routed_forward
 from .sparse import Entries, SparseLinear, with_entries
 
@@ -41,12 +41,15 @@ class StandIn:
         return getattr(self.module, name)
 
 
-def run_with(module: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The module's own computation with another weight and bias: its stride, padding, groups, layout, statistics."""
+def run_with(module: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None, product=F.linear) -> Tensor:
+    """The module's own computation with another weight and bias: its stride, padding, groups, layout, statistics.
+
+    What a linear computes is `product`.
+    """
     if bias is not None:
         bias = bias.to(weight.dtype)  # an offset in float32 on a base in half precision
     if isinstance(module, nn.Linear):
-        return F.linear(x, weight, bias)
+        return product(x, weight, bias)
     return type(module).forward(StandIn(module, weight, bias), x)
 
 
@@ -101,10 +104,15 @@ class WeightForward:
     def __call__(self, x: Tensor) -> Tensor:
         if self.ctx.ids is not None:
             return routed_forward(self, x, self.ctx.ids)
-        return self.apply(x, self.ordered())
+        pieces = self.ordered()
+        return self.apply(x, pieces) if pieces else self.base(x)
+
+    def base(self, x: Tensor) -> Tensor:
+        """What the module gives without adapters, bit by bit."""
+        return run_with(self.module, x, self.module.weight, self.module.bias)
 
     def apply(self, x: Tensor, pieces: list[SiteModule]) -> Tensor:
-        """Output with exactly these pieces."""
+        """Output with exactly these pieces; of a linear without any, the base's but for rounding."""
         last = next((i for i in reversed(range(len(pieces))) if pieces[i].by_forward()), None)
         if last is None:
             return self._by_weight(x, pieces)
@@ -128,13 +136,13 @@ class WeightForward:
             mapped = add_rows(y, piece.scale * (mapped - take_rows(y, rows, channels)), rows, channels)
         if deltas := pieces[last + 1 :]:
             change, _ = effective(torch.zeros_like(self.module.weight), None, deltas)
-            mapped = mapped + run_with(self.module, x, change, None)
+            mapped = mapped + run_with(self.module, x, change, None, linear)
         return mapped
 
     def _by_weight(self, x: Tensor, pieces: list[SiteModule]) -> Tensor:
         module = self.module
         if not pieces:
-            return run_with(module, x, module.weight, module.bias)
+            return run_with(module, x, module.weight, module.bias, linear)
         deltas = [p for p in pieces if isinstance(p, Delta)]
         traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
         frozen = not module.weight.requires_grad and (module.bias is None or not module.bias.requires_grad)
@@ -150,7 +158,7 @@ class WeightForward:
         return self._effective(x, pieces)
 
     def _effective(self, x: Tensor, pieces: list[SiteModule]) -> Tensor:
-        return run_with(self.module, x, *effective(self.module.weight, self.module.bias, pieces))
+        return run_with(self.module, x, *effective(self.module.weight, self.module.bias, pieces), linear)
 
     def _sparse(self, x: Tensor, pieces: list[Delta], sparse: list[Entries]) -> Tensor:
         x, weight, bias, *values = in_autocast(x, self.module.weight, self.module.bias, *(e.values for e in sparse))

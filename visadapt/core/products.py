@@ -1,4 +1,4 @@
-"""Products of tokens with the small weights of an adapter."""
+"""Linear layers in float32 at the rate that a CPU has."""
 
 from __future__ import annotations
 
@@ -41,6 +41,32 @@ def affine(x: Tensor, w: Tensor, b: Tensor | None = None, times: Tensor | None =
         else:
             y = ONEDNN.binary(rows, behind.contiguous(), w, b, "mul" if plus is None else "add")
     return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], len(w)))
+
+
+class Linear(torch.autograd.Function):
+    """x w^T + b by `affine`, and so are its gradients, of any order."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+        for_x, for_w, _ = ctx.needs_input_grad
+        ctx.save_for_backward(x if for_w else None, w if for_x else None)
+        return affine(x, w, b)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        x, w = ctx.saved_tensors
+        rows = grad.reshape(-1, grad.shape[-1])
+        with torch.autocast(grad.device.type, enabled=False):
+            by_x = None if w is None else linear(grad, w.T)
+            by_w = None if x is None else linear(rows.T, x.reshape(-1, x.shape[-1]).T)
+        return by_x, by_w, rows.sum(0) if ctx.needs_input_grad[2] else None
+
+
+def linear(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
+    """`F.linear`, by oneDNN where `affine` uses it."""
+    if torch.is_autocast_enabled(x.device.type) or not _by_onednn(x, w):
+        return F.linear(x, w, b)
+    return Linear.apply(x, w, b)
 
 
 def _by_onednn(x: Tensor, w: Tensor) -> bool:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .kinds import Delta, SiteModule
+from .products import linear
 
 if TYPE_CHECKING:
     from .inject import WeightForward
@@ -20,7 +21,7 @@ def routed_forward(forward: WeightForward, x: Tensor, ids: list[str | None]) -> 
     Windows of one image stand together (image-major), so its id is repeated for them.
     """
     if not forward.pieces:
-        return forward.apply(x, [])
+        return forward.base(x)
     batch_dim = forward.pieces[0].site.batch_dim
     if batch_dim:
         return _batch_first(forward, x.movedim(batch_dim, 0), ids).movedim(0, batch_dim)
@@ -37,7 +38,7 @@ def _batch_first(forward: WeightForward, x: Tensor, ids: list[str | None]) -> Te
     used = {i for i in ids if i in by_owner}
     pieces = [p for name in used for p in by_owner[name]]
     if not used:
-        return forward.apply(x, [])
+        return forward.base(x)
     if isinstance(forward.module, nn.Linear) and all(
         isinstance(p, Delta) and not p.by_forward() and p.factors() is not None for p in pieces
     ):
@@ -62,7 +63,7 @@ def _low_rank(
     forward: WeightForward, x: Tensor, ids: list[str | None], by_owner: dict[str, list[SiteModule]]
 ) -> Tensor:
     """The base product for all images together, then two thin batched products; slices of rows share the first."""
-    y = F.linear(x, forward.module.weight, forward.module.bias)
+    y = linear(x, forward.module.weight, forward.module.bias)
     flat = x.reshape(x.shape[0], -1, x.shape[-1])
     out = y.view(y.shape[0], -1, y.shape[-1])
     slices = list(dict.fromkeys(p.site.rows for pieces in by_owner.values() for p in pieces))
