@@ -6,11 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from visadapt.benchmark.flops import flops
 from visadapt.core.lowrank import LowRankLinear
-from visadapt.core.products import ONEDNN, Linear, affine, linear
+from visadapt.core.products import ONEDNN, affine, linear
 from visadapt.testing import assert_close
 
 IN, OUT = 24, 10
@@ -52,7 +53,7 @@ def single(tensors, names):
 
 
 @pytest.mark.parametrize("names", [(), ("b",), ("times",), ("plus",), ("b", "times"), ("b", "plus")], ids="-".join)
-@pytest.mark.parametrize("leading", [(7,), (2, 5), (2, 3, 4), (), (0,), (3, 0)], ids=str)
+@pytest.mark.parametrize("leading", [(7,), (1,), (2, 5), (2, 3, 4), (), (0,), (3, 0)], ids=str)
 def test_formula(leading, names, enabled):
     given = single(operands(*leading), names)
     with torch.no_grad():
@@ -104,11 +105,18 @@ def test_layouts(name, layout):
     assert all(x.is_contiguous() or x.mT.is_contiguous() for tensors in called.given for x in tensors)
 
 
-@pytest.mark.parametrize("bias", [True, False])
-def test_gradients_of_any_order(bias):
-    given = {name: t.requires_grad_() for name, t in operands(2, 5).items()}
-    inputs = given["x"], given["w"], given["b"] if bias else None
-    assert torch.autograd.gradcheck(Linear.apply, inputs) and torch.autograd.gradgradcheck(Linear.apply, inputs)
+def second_order(product, dtype):
+    """Output, gradients and gradients of gradients."""
+    leaves = [t.to(dtype).div(2).requires_grad_() for name, t in operands(2, 5).items() if name in ("x", "w", "b")]
+    y = product(*leaves)
+    first = torch.autograd.grad(y.square().sum() / 10, leaves, create_graph=True)
+    second = torch.autograd.grad(sum(g.square().sum() for g in first) / 10, leaves)
+    return [t.double() for t in (y, *first, *second)]
+
+
+def test_gradients_of_gradients(enabled):
+    for single, exact in zip(second_order(linear, torch.float32), second_order(F.linear, torch.float64), strict=True):
+        assert_close(single, exact, tolerance=EXACT)
 
 
 @pytest.mark.parametrize("trains", [("x",), ("w",), ("b",), ("x", "w", "b")], ids="-".join)
@@ -127,16 +135,46 @@ def test_gradients_in_float32(trains, enabled):
         assert_close(single.double(), exact, tolerance=EXACT)
 
 
-def test_autocast_is_followed(enabled):
+def test_autocast_is_followed_forward_and_switched_off_backward(enabled):
     given = single(operands(7), ("b",))
     with torch.autocast("cpu", torch.bfloat16):
         assert linear(*given.values()).dtype == torch.bfloat16
+    x = given["x"].requires_grad_()
+    y, cotangent = linear(x, given["w"]), torch.randn(7, OUT)
+    with torch.autocast("cpu", torch.bfloat16):
+        (found,) = torch.autograd.grad(y, x, cotangent)
+    if enabled:
+        assert_close(found.double(), cotangent.double() @ given["w"].double(), tolerance=EXACT)
 
 
-def test_updates_of_slices_train_the_same_with_and_without(enabled):
+def test_transforms_of_functions_run():
+    x, w = single(operands(3), ()).values()
+    wanted = w.expand(3, OUT, IN)
+    assert_close(torch.vmap(torch.func.jacrev(lambda v: linear(v, w)))(x), wanted)
+    assert_close(torch.vmap(torch.func.jacfwd(lambda v: linear(v, w)))(x), wanted)
+    assert_close(torch.func.jvp(lambda v: linear(v, w), (x,), (x,))[1], x @ w.T)
+    with forward_ad.dual_level():
+        assert_close(forward_ad.unpack_dual(linear(forward_ad.make_dual(x, x), w)).tangent, x @ w.T)
+    x.requires_grad_()
+    (found,) = torch.autograd.grad(linear(x, w).sum(0), x, torch.eye(OUT), is_grads_batched=True)
+    assert_close(found, w[:, None].expand(OUT, 3, IN))
+
+
+def test_shapes_without_values():
+    assert linear(torch.zeros(3, 5, IN, device="meta"), torch.zeros(OUT, IN, device="meta")).shape == (3, 5, OUT)
+
+
+def test_traces_are_saved(tmp_path):
+    x, w = single(operands(3), ()).values()
+    torch.jit.trace(lambda v: linear(v, w), x).save(str(tmp_path / "traced.pt"))
+    assert_close(torch.jit.load(tmp_path / "traced.pt")(x), x @ w.T)
+
+
+@pytest.mark.parametrize("batch", [3, 0])
+def test_updates_of_slices_train_the_same_with_and_without(batch, enabled):
     torch.manual_seed(0)
     rows, scales = ((0, 16), (16, 48)), (0.5, -2.0)
-    x, w, b = torch.randn(3, 20, IN, requires_grad=True), torch.randn(48, IN), torch.randn(48)
+    x, w, b = torch.randn(batch, 20, IN, requires_grad=True), torch.randn(48, IN), torch.randn(48)
     factors = [torch.randn(s, requires_grad=True) for s in ((4, IN), (16, 4), (4, IN), (32, 4))]
     leaves = [x, *factors]
     plain = [t.detach().double().requires_grad_() for t in leaves]

@@ -69,7 +69,7 @@ def linear_adapter(dropout, dim=24, width=6):
     return module
 
 
-@pytest.mark.parametrize("shape", [(7,), (2, 5), (2, 3, 4)])
+@pytest.mark.parametrize("shape", [(7,), (2, 5), (2, 3, 4), (), (0,), (3, 0)])
 def test_gradients_of_a_linear_adapter(shape):
     module, x = linear_adapter(0.0), torch.randn(*shape, 24, dtype=torch.float64, requires_grad=True)
     y = module(x)
@@ -101,11 +101,12 @@ def test_dropout_of_a_linear_adapter(compiling, monkeypatch):
 
 
 @pytest.mark.parametrize("dropped", [False, True])
-def test_linear_adapters_in_float32_are_those_in_float64(dropped):
+@pytest.mark.parametrize("shape", [(2, 9), (), (3, 0)])
+def test_linear_adapters_in_float32_are_those_in_float64(shape, dropped):
     """Whose gradients are tested above; in float32 the mask and x come in with the products on a CPU."""
     torch.manual_seed(0)
-    x, w1, b1, w2, b2 = (torch.randn(s, dtype=torch.float64) / 4 for s in ((2, 9, 24), (6, 24), (6,), (24, 6), (24,)))
-    kept, cotangent, found = (torch.rand(2, 9, 6) > 0.3).double() if dropped else None, torch.randn(2, 9, 24), []
+    x, w1, b1, w2, b2 = (torch.randn(s, dtype=torch.float64) / 4 for s in ((*shape, 24), (6, 24), (6,), (24, 6), (24,)))
+    kept, cotangent, found = (torch.rand(*shape, 6) > 0.3).double() if dropped else None, torch.randn(*shape, 24), []
     for dtype in (torch.float64, torch.float32):
         leaves = [t.to(dtype).requires_grad_() for t in (x, w1, b1, w2, b2)]
         y = AddLinears.apply(*leaves, None if kept is None else kept.to(dtype), 0.7, 0.5)

@@ -14,7 +14,7 @@ from ..core.adapter import Adapter
 from ..core.context import Context
 from ..core.inject import in_autocast
 from ..core.kinds import SiteModule, Tokens, WeightMap
-from ..core.products import affine
+from ..core.products import affine, as_matrix
 from ..core.sites import Site
 from ..errors import InputError, hint
 from ..registry import ADAPTERS
@@ -89,12 +89,12 @@ class AddLinears(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor):
         x, z, w1, w2, kept = ctx.saved_tensors
+        g = as_matrix(grad)
         with torch.autocast(grad.device.type, enabled=False):
-            by_z = affine(grad, (w2 * ctx.factor).T, times=kept)
-            by_x = affine(by_z, w1.T, plus=grad) if ctx.needs_input_grad[0] else None
-            by_z, g = by_z.flatten(0, -2), grad.flatten(0, -2)
-            by_w1 = None if x is None else affine(by_z.T, x.flatten(0, -2).T)
-            by_w2 = None if z is None else affine(z.flatten(0, -2).T, g.T).T.mul_(ctx.factor)
+            by_z = affine(g, (w2 * ctx.factor).T, times=kept)
+            by_x = affine(by_z, w1.T, plus=g).view(grad.shape) if ctx.needs_input_grad[0] else None
+            by_w1 = None if x is None else affine(by_z.T, as_matrix(x).T)
+            by_w2 = None if z is None else affine(as_matrix(z).T, g.T).T.mul_(ctx.factor)
         return by_x, by_w1, by_z.sum(0), by_w2, g.sum(0).mul_(ctx.scaling), None, None, None
 
 

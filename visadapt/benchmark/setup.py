@@ -51,7 +51,7 @@ class Setup:
         """The GPU, or the processor with the vector units that torch found: libraries differ in how they use them."""
         if self.device == "cuda":
             return torch.cuda.get_device_name()
-        named = re.search(r"^Model name:\s*(.+)$", collect_env.get_cpu_info(collect_env.run) or "", re.MULTILINE)
+        named = re.search(r"^Model name:\s*(.+)$", collect_env.get_cpu_info(collect_env.run), re.MULTILINE)
         return f"{named[1] if named else platform.machine()} ({torch.backends.cpu.get_cpu_capability()})"
 
     def backbone(self) -> TimmViT:

@@ -41,15 +41,17 @@ class StandIn:
         return getattr(self.module, name)
 
 
-def run_with(module: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None, product=F.linear) -> Tensor:
+def run_with(
+    module: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None, of_linear: Callable[..., Tensor] = F.linear
+) -> Tensor:
     """The module's own computation with another weight and bias: its stride, padding, groups, layout, statistics.
 
-    What a linear computes is `product`.
+    Linears are computed by `of_linear`.
     """
     if bias is not None:
         bias = bias.to(weight.dtype)  # an offset in float32 on a base in half precision
     if isinstance(module, nn.Linear):
-        return product(x, weight, bias)
+        return of_linear(x, weight, bias)
     return type(module).forward(StandIn(module, weight, bias), x)
 
 

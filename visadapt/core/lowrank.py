@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .products import affine
+from .products import affine, as_matrix
 
 Rows = tuple[int, int]
 
@@ -41,7 +41,7 @@ class LowRankLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor):
         x, weight, *factors = ctx.saved_tensors
-        flat_x, flat_g = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
+        flat_x, flat_g = as_matrix(x), as_matrix(grad)
         # Skinny products are laid out rank-first: with (r, N) factors the CPU libraries run them 2 to 4 times faster.
         # Slices of one layer share its input, so their A factors go through it together.
         downs, ups = factors[0::2], factors[1::2]
@@ -53,6 +53,6 @@ class LowRankLinear(torch.autograd.Function):
         grads_b = [affine(t, g.T).T.mul_(s) for s, t, g in zip(ctx.scales, thin_x, slices)]
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = affine(grad, merged_weight(weight, ctx.rows, ctx.scales, *factors).T)
+            grad_x = affine(flat_g, merged_weight(weight, ctx.rows, ctx.scales, *factors).T).view_as(x)
         pairs = [g for pair in zip(grads_a, grads_b) for g in pair]
         return grad_x, None, None, None, None, *pairs

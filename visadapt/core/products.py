@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
-"""What torch.compile makes of linears on CPUs; None where torch is built without oneDNN."""
+"""Linears by oneDNN with something behind them; None where torch is built without it."""
+
+PLAIN = Tensor, nn.Parameter  # sharded, quantised and fake tensors know F.linear
 
 
 def affine(x: Tensor, w: Tensor, b: Tensor | None = None, times: Tensor | None = None, plus: Tensor | None = None):
@@ -27,20 +32,25 @@ def affine(x: Tensor, w: Tensor, b: Tensor | None = None, times: Tensor | None =
     Returns:
         (..., o); no view, so that it may be what a function returns.
     """
-    rows, behind = x.reshape(-1, x.shape[-1]), times if plus is None else plus
+    flat, behind = as_matrix(x), times if plus is None else plus
     if behind is not None:
-        behind = behind.reshape(len(rows), len(w))
-    if not _by_onednn(rows, w):
-        y = F.linear(rows, w, b)
+        behind = as_matrix(behind)
+    if not _by_onednn(flat, w, b, behind):
+        y = F.linear(flat, w, b)
         if behind is not None:
             y = y.mul_(behind) if plus is None else y.add_(behind)
     else:
-        rows, w, b = _dense(rows), _dense(w), None if b is None else b.contiguous()  # strides of b it does not look at
+        flat, w, b = _dense(flat), _dense(w), None if b is None else b.contiguous()  # strides of b it does not look at
         if behind is None:
-            y = ONEDNN(rows, w, b, "none", [], "")
+            y = ONEDNN.default(flat, w, b, "none", [], "")
         else:
-            y = ONEDNN.binary(rows, behind.contiguous(), w, b, "mul" if plus is None else "add")
-    return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], len(w)))
+            y = ONEDNN.binary(flat, behind.contiguous(), w, b, "mul" if plus is None else "add")
+    return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], w.shape[0]))
+
+
+def as_matrix(x: Tensor) -> Tensor:
+    """(..., i) as (N, i)."""
+    return x if x.ndim == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 class Linear(torch.autograd.Function):
@@ -54,28 +64,40 @@ class Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        x, w = ctx.saved_tensors
-        rows = grad.reshape(-1, grad.shape[-1])
+        (x, w), g = ctx.saved_tensors, as_matrix(grad)
         with torch.autocast(grad.device.type, enabled=False):
             by_x = None if w is None else linear(grad, w.T)
-            by_w = None if x is None else linear(rows.T, x.reshape(-1, x.shape[-1]).T)
-        return by_x, by_w, rows.sum(0) if ctx.needs_input_grad[2] else None
+            by_w = None if x is None else _between(g, as_matrix(x))
+        return by_x, by_w, g.sum(0) if ctx.needs_input_grad[2] else None
+
+
+def _between(g: Tensor, x: Tensor) -> Tensor:
+    """g^T x for g (N, o) and x (N, i). The first operand is copied if it is transposed, so the smaller one is that."""
+    return linear(g.T, x.T) if g.shape[1] <= x.shape[1] else linear(x.T, g.T).T
 
 
 def linear(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
     """`F.linear`, by oneDNN where `affine` uses it."""
-    if torch.is_autocast_enabled(x.device.type) or not _by_onednn(x, w):
+    if not _by_onednn(x, w, b) or torch.is_autocast_enabled("cpu") or _transformed():
         return F.linear(x, w, b)
     return Linear.apply(x, w, b)
 
 
-def _by_onednn(x: Tensor, w: Tensor) -> bool:
-    if ONEDNN is None or torch.compiler.is_compiling() or not torch.backends.mkldnn.enabled:
+def _by_onednn(*tensors: Tensor | None) -> bool:
+    if ONEDNN is None or not torch.backends.mkldnn.enabled or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
-    plain = {type(x), type(w)} <= {Tensor, nn.Parameter}  # sharded, quantised and fake tensors know F.linear
-    return plain and x.device.type == "cpu" and x.dtype == w.dtype == torch.float32 and x.numel() * w.numel() > 0
+    given = [t for t in tensors if t is not None]
+    plain = all(type(t) in PLAIN and t.device.type == "cpu" and t.dtype == torch.float32 for t in given)
+    return plain and all(t.numel() > 0 for t in given)
+
+
+def _transformed() -> bool:
+    """Within torch.func or forward-mode differentiation, which know F.linear."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def _dense(x: Tensor) -> Tensor:
     """A matrix without gaps. On others, say some columns of a larger one, oneDNN may take a thousand times longer."""
-    return x if x.is_contiguous() or x.T.is_contiguous() else x.contiguous()
+    if x.is_contiguous() or x.T.is_contiguous():
+        return x
+    return x.T.contiguous().T if x.stride(0) == 1 else x.contiguous()

@@ -66,7 +66,7 @@ class SparseLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, rows, scales, entries, *values: Tensor) -> Tensor:
-        ctx.rows, ctx.scales, ctx.entries = rows, scales, entries
+        ctx.rows, ctx.scales, ctx.entries, ctx.shape = rows, scales, entries, x.shape
         ctx.by_columns = all(e.columns is not None for e in entries)
         kept = [x[..., e.columns] for e in entries] if ctx.by_columns else [x]
         ctx.save_for_backward(weight, *values, *kept)
@@ -82,10 +82,13 @@ class SparseLinear(torch.autograd.Function):
         found = []
         for n, (entries, (start, stop), scale) in enumerate(zip(ctx.entries, ctx.rows, ctx.scales)):
             part = flat[:, start:stop]
-            gradient = (part.T @ kept[n]).view(-1) if ctx.by_columns else gradient_at(part, kept[0], entries.index)
+            if ctx.by_columns:
+                gradient = affine(kept[n].T, part.T).T.reshape(-1)
+            else:
+                gradient = gradient_at(part, kept[0], entries.index)
             found.append(gradient.mul_(scale).to(values[n].dtype))
         grad_x = None
         if ctx.needs_input_grad[0]:
             changed = with_entries(weight, ctx.rows, ctx.scales, [e.index for e in ctx.entries], values)
-            grad_x = affine(grad, changed.T)
+            grad_x = affine(flat, changed.T).view(ctx.shape)
         return grad_x, None, None, None, None, None, *found
