@@ -36,9 +36,11 @@ def affine(x: Tensor, w: Tensor, b: Tensor | None = None, times: Tensor | None =
     if behind is not None:
         behind = as_matrix(behind)
     if not _by_onednn(flat, w, b, behind):
-        y = F.linear(flat, w, b)
-        if behind is not None:
-            y = y.mul_(behind) if plus is None else y.add_(behind)
+        if plus is not None:
+            y = torch.addmm(behind, flat, w.T) if b is None else torch.add(behind, b).addmm_(flat, w.T)
+        else:
+            y = F.linear(flat, w, b)
+            y = y if times is None else y.mul_(behind)
     else:
         flat, w, b = _dense(flat), _dense(w), None if b is None else b.contiguous()  # strides of b it does not look at
         if behind is None:
