@@ -16,7 +16,6 @@ from visadapt.testing import assert_close
 
 IN, OUT = 24, 10
 EXACT = 1e-5  # of float32
-needs_onednn = pytest.mark.skipif(ONEDNN is None, reason="torch is built without oneDNN")
 
 
 @pytest.fixture(params=[True, False], ids=["onednn", "torch"])
@@ -62,13 +61,12 @@ def test_formula(leading, names, enabled):
     assert_close(y.double(), formula(**{name: t.double() for name, t in given.items()}), tolerance=EXACT)
 
 
-@needs_onednn
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_onednn_is_asked_for_float32_unless_it_is_switched_off(enabled, dtype):
     given = {name: t.to(dtype) for name, t in operands(7).items() if name != "plus"}
     with Called() as called:
         affine(**given)
-    assert len(called.given) == (enabled and dtype == torch.float32)
+    assert len(called.given) == (ONEDNN is not None and enabled and dtype == torch.float32)
 
 
 def test_tensors_of_other_kinds_are_left_to_torch():
@@ -149,6 +147,9 @@ def test_autocast_is_followed_forward_and_switched_off_backward(enabled):
 
 def test_transforms_of_functions_run():
     x, w = single(operands(3), ()).values()
+    with Called() as called:
+        assert_close(torch.vmap(lambda v: affine(v[None], w))(x)[:, 0], x @ w.T)
+    assert not called.given
     wanted = w.expand(3, OUT, IN)
     assert_close(torch.vmap(torch.func.jacrev(lambda v: linear(v, w)))(x), wanted)
     assert_close(torch.vmap(torch.func.jacfwd(lambda v: linear(v, w)))(x), wanted)

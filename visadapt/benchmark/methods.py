@@ -136,7 +136,8 @@ class Textbook:
 
     def _dense(self, x: Tensor, pieces: list) -> Tensor:
         module = self.forward.module
-        return run_with(module, x, *effective(module.weight, module.bias, pieces))
+        weight, bias = effective(module.weight, module.bias, pieces)
+        return F.linear(x, weight, bias) if isinstance(module, nn.Linear) else run_with(module, x, weight, bias)
 
 
 def _has_factors(piece: nn.Module) -> bool:

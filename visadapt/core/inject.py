@@ -41,17 +41,12 @@ class StandIn:
         return getattr(self.module, name)
 
 
-def run_with(
-    module: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None, of_linear: Callable[..., Tensor] = F.linear
-) -> Tensor:
-    """The module's own computation with another weight and bias: its stride, padding, groups, layout, statistics.
-
-    Linears are computed by `of_linear`.
-    """
+def run_with(module: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The module's own computation with another weight and bias: its stride, padding, groups, layout, statistics."""
     if bias is not None:
         bias = bias.to(weight.dtype)  # an offset in float32 on a base in half precision
     if isinstance(module, nn.Linear):
-        return of_linear(x, weight, bias)
+        return linear(x, weight, bias)
     return type(module).forward(StandIn(module, weight, bias), x)
 
 
@@ -111,7 +106,7 @@ class WeightForward:
 
     def base(self, x: Tensor) -> Tensor:
         """What the module gives without adapters, bit by bit."""
-        return run_with(self.module, x, self.module.weight, self.module.bias)
+        return type(self.module).forward(self.module, x)
 
     def apply(self, x: Tensor, pieces: list[SiteModule]) -> Tensor:
         """Output with exactly these pieces; of a linear without any, the base's but for rounding."""
@@ -138,13 +133,13 @@ class WeightForward:
             mapped = add_rows(y, piece.scale * (mapped - take_rows(y, rows, channels)), rows, channels)
         if deltas := pieces[last + 1 :]:
             change, _ = effective(torch.zeros_like(self.module.weight), None, deltas)
-            mapped = mapped + run_with(self.module, x, change, None, linear)
+            mapped = mapped + run_with(self.module, x, change, None)
         return mapped
 
     def _by_weight(self, x: Tensor, pieces: list[SiteModule]) -> Tensor:
         module = self.module
         if not pieces:
-            return run_with(module, x, module.weight, module.bias, linear)
+            return run_with(module, x, module.weight, module.bias)
         deltas = [p for p in pieces if isinstance(p, Delta)]
         traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
         frozen = not module.weight.requires_grad and (module.bias is None or not module.bias.requires_grad)
@@ -160,7 +155,7 @@ class WeightForward:
         return self._effective(x, pieces)
 
     def _effective(self, x: Tensor, pieces: list[SiteModule]) -> Tensor:
-        return run_with(self.module, x, *effective(self.module.weight, self.module.bias, pieces), linear)
+        return run_with(self.module, x, *effective(self.module.weight, self.module.bias, pieces))
 
     def _sparse(self, x: Tensor, pieces: list[Delta], sparse: list[Entries]) -> Tensor:
         x, weight, bias, *values = in_autocast(x, self.module.weight, self.module.bias, *(e.values for e in sparse))

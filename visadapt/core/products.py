@@ -35,18 +35,17 @@ def affine(x: Tensor, w: Tensor, b: Tensor | None = None, times: Tensor | None =
     flat, behind = as_matrix(x), times if plus is None else plus
     if behind is not None:
         behind = as_matrix(behind)
-    if not _by_onednn(flat, w, b, behind):
-        if plus is not None:
-            y = torch.addmm(behind, flat, w.T) if b is None else torch.add(behind, b).addmm_(flat, w.T)
-        else:
-            y = F.linear(flat, w, b)
-            y = y if times is None else y.mul_(behind)
-    else:
+    if _by_onednn(flat, w, b, behind):
         flat, w, b = _dense(flat), _dense(w), None if b is None else b.contiguous()  # strides of b it does not look at
         if behind is None:
             y = ONEDNN.default(flat, w, b, "none", [], "")
         else:
             y = ONEDNN.binary(flat, behind.contiguous(), w, b, "mul" if plus is None else "add")
+    elif plus is None:
+        y = F.linear(flat, w, b)
+        y = y if times is None else y.mul_(behind)
+    else:
+        y = torch.addmm(behind, flat, w.T) if b is None else torch.add(behind, b).addmm_(flat, w.T)
     return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], w.shape[0]))
 
 
@@ -80,7 +79,7 @@ def _between(g: Tensor, x: Tensor) -> Tensor:
 
 def linear(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
     """`F.linear`, by oneDNN where `affine` uses it."""
-    if not _by_onednn(x, w, b) or torch.is_autocast_enabled("cpu") or _transformed():
+    if not _by_onednn(x, w, b) or torch.is_autocast_enabled("cpu"):
         return F.linear(x, w, b)
     return Linear.apply(x, w, b)
 
@@ -88,14 +87,11 @@ def linear(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
 def _by_onednn(*tensors: Tensor | None) -> bool:
     if ONEDNN is None or not torch.backends.mkldnn.enabled or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:  # which know F.linear
+        return False
     given = [t for t in tensors if t is not None]
     plain = all(type(t) in PLAIN and t.device.type == "cpu" and t.dtype == torch.float32 for t in given)
     return plain and all(t.numel() > 0 for t in given)
-
-
-def _transformed() -> bool:
-    """Within torch.func or forward-mode differentiation, which know F.linear."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def _dense(x: Tensor) -> Tensor:

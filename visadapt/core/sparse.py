@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .products import affine
+from .products import affine, as_matrix
 
 DENSEST = 1 / 16
 """Share of entries up to which the CPU computes the gradients of the entries alone. On weights of 768 x 768 and
@@ -77,8 +77,7 @@ class SparseLinear(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         weight, *saved = ctx.saved_tensors
         count = len(ctx.entries)
-        values, kept = saved[:count], [x.reshape(-1, x.shape[-1]) for x in saved[count:]]
-        flat = grad.reshape(-1, grad.shape[-1])
+        values, kept, flat = saved[:count], [as_matrix(x) for x in saved[count:]], as_matrix(grad)
         found = []
         for n, (entries, (start, stop), scale) in enumerate(zip(ctx.entries, ctx.rows, ctx.scales)):
             part = flat[:, start:stop]
