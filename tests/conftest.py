@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from visadapt.core import products
 from visadapt.testing import tiny_backbone
 
 
@@ -10,6 +11,15 @@ from visadapt.testing import tiny_backbone
 def one_thread():
     """More threads than one only fight for the cores that pytest's workers share."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def small_products():
+    """Tiny networks are computed as large ones are, but in this process only; gives what others have."""
+    with pytest.MonkeyPatch.context() as patch:
+        given = products.SMALL
+        patch.setattr(products, "SMALL", 1)
+        yield given
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from cases import TINY
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from visadapt.backbones.timm_vit import TimmViT
 from visadapt.core.adapted import Adapted
@@ -67,3 +68,16 @@ def compiles(adapted):
     found, wanted = (torch.autograd.grad((f(x) * cotangent).sum(), parameters) for f in runs)
     for one, other in zip(found, wanted):
         assert_close(one, other, "gradient", 1e-4)
+
+
+class OneDNN(TorchDispatchMode):
+    """What oneDNN is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.given = []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        if op.namespace == "mkldnn":
+            self.given.append([x for x in args if isinstance(x, torch.Tensor)])
+        return op(*args, **kwargs or {})

@@ -18,6 +18,7 @@ from visadapt.benchmark.cells import Cell, run_cell
 from visadapt.benchmark.ray_pool import RayPool, work
 from visadapt.benchmark.suites import BenchTask, Protocol, Suite
 from visadapt.benchmark.sweep import Outcome
+from visadapt.core import products
 from visadapt.errors import InputError, Notice
 
 
@@ -54,8 +55,9 @@ def all_of(pool) -> dict[int, Outcome]:
     return found
 
 
-def test_two_workers_give_the_numbers_of_one_process(pool, home, monkeypatch):
+def test_two_workers_give_the_numbers_of_one_process(pool, home, monkeypatch, small_products):
     monkeypatch.chdir(home)
+    monkeypatch.setattr(products, "SMALL", small_products)  # as it is in the workers
     for one in (cell(0), cell(1)):
         pool.submit(one, Path("runs") / one.key)
     found = all_of(pool)

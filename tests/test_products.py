@@ -5,13 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from small import OneDNN
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from visadapt.benchmark.flops import flops
+from visadapt.core import products
 from visadapt.core.lowrank import LowRankLinear
-from visadapt.core.products import ONEDNN, affine, linear
+from visadapt.core.products import ONEDNN, affine, linear, through
 from visadapt.testing import assert_close
 
 IN, OUT = 24, 10
@@ -22,19 +24,6 @@ EXACT = 1e-5  # of float32
 def enabled(request, monkeypatch):
     monkeypatch.setattr(torch.backends.mkldnn, "enabled", request.param)
     return request.param
-
-
-class Called(TorchDispatchMode):
-    """What oneDNN is given."""
-
-    def __init__(self):
-        super().__init__()
-        self.given = []
-
-    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        if op.namespace == "mkldnn":
-            self.given.append([x for x in args if isinstance(x, torch.Tensor)])
-        return op(*args, **kwargs or {})
 
 
 def operands(*leading):
@@ -64,9 +53,52 @@ def test_formula(leading, names, enabled):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_onednn_is_asked_for_float32_unless_it_is_switched_off(enabled, dtype):
     given = {name: t.to(dtype) for name, t in operands(7).items() if name != "plus"}
-    with Called() as called:
+    with OneDNN() as onednn:
         affine(**given)
-    assert len(called.given) == (ONEDNN is not None and enabled and dtype == torch.float32)
+    assert len(onednn.given) == (ONEDNN is not None and enabled and dtype == torch.float32)
+
+
+@pytest.mark.parametrize("larger", [True, False])
+def test_small_products_are_left_to_torch(larger, monkeypatch):
+    """Calling oneDNN takes ten times as long as torch needs for one token of a small network."""
+    given = single(operands(7), ("b",))
+    monkeypatch.setattr(products, "SMALL", 7 * IN * OUT + (not larger))
+    with OneDNN() as onednn:
+        affine(**given), linear(**given)
+    assert len(onednn.given) == 2 * (ONEDNN is not None and larger)
+
+
+def doubled(module, args, y):
+    return 2 * y
+
+
+def linear_layer(kind):
+    """A linear that is not torch's own, or has something attached to it."""
+    layer = nn.modules.linear.NonDynamicallyQuantizableLinear(IN, OUT) if kind == "class" else nn.Linear(IN, OUT)
+    if kind == "forward":
+        layer.forward = lambda x: x.square()
+    elif kind == "hook":
+        layer.register_forward_hook(doubled)
+    elif kind == "pre-hook":
+        layer.register_forward_pre_hook(lambda module, args: 2 * args[0])
+    elif kind == "backward hook":
+        layer.register_full_backward_hook(lambda module, by_x, by_y: (2 * by_x[0],))
+    elif kind == "backward pre-hook":
+        layer.register_full_backward_pre_hook(lambda module, by_y: (2 * by_y[0],))
+    return layer
+
+
+@pytest.mark.parametrize("kind", ["bare", "class", "forward", "hook", "pre-hook", "backward hook", "backward pre-hook"])
+def test_what_is_attached_to_a_layer_takes_part(kind):
+    layer, x = linear_layer(kind), torch.randn(3, 5, IN, requires_grad=True)
+    leaves = [x] if kind == "forward" else [x, *layer.parameters()]
+    with OneDNN() as onednn:
+        y = through(layer, x)
+    assert len(onednn.given) == (ONEDNN is not None and kind == "bare")
+    cotangent = torch.randn_like(y)
+    assert_close(y, layer(x), tolerance=EXACT)
+    for one, other in zip(*(torch.autograd.grad(f, leaves, cotangent) for f in (y, layer(x))), strict=True):
+        assert_close(one, other, tolerance=EXACT)
 
 
 def test_tensors_of_other_kinds_are_left_to_torch():
@@ -97,10 +129,10 @@ def test_layouts(name, layout):
     wanted = formula(**{key: t.double() for key, t in given.items()})
     given[name] = LAYOUTS[layout](given[name])
     assert not given[name].is_contiguous()
-    with Called() as called:
+    with OneDNN() as onednn:
         assert_close(affine(**given).double(), wanted, tolerance=EXACT)
-    assert len(called.given) == (ONEDNN is not None)
-    assert all(x.is_contiguous() or x.mT.is_contiguous() for tensors in called.given for x in tensors)
+    assert len(onednn.given) == (ONEDNN is not None)
+    assert all(x.is_contiguous() or x.mT.is_contiguous() for tensors in onednn.given for x in tensors)
 
 
 def second_order(product, dtype):
@@ -123,11 +155,11 @@ def test_gradients_in_float32(trains, enabled):
     found = []
     for dtype, product in ((torch.float32, linear), (torch.float64, F.linear)):
         leaves = {name: t.to(dtype).requires_grad_(name in trains) for name, t in given.items()}
-        with Called() as called:
+        with OneDNN() as onednn:
             y = product(*leaves.values())
             gradients = torch.autograd.grad(y.square().sum() / 100, [leaves[name] for name in trains])
         by_onednn = ONEDNN is not None and enabled and dtype == torch.float32
-        assert len(called.given) == by_onednn * (1 + ("x" in trains) + ("w" in trains))
+        assert len(onednn.given) == by_onednn * (1 + ("x" in trains) + ("w" in trains))
         found.append([y, *gradients])
     for single, exact in zip(*found, strict=True):
         assert_close(single.double(), exact, tolerance=EXACT)
@@ -147,9 +179,9 @@ def test_autocast_is_followed_forward_and_switched_off_backward(enabled):
 
 def test_transforms_of_functions_run():
     x, w = single(operands(3), ()).values()
-    with Called() as called:
+    with OneDNN() as onednn:
         assert_close(torch.vmap(lambda v: affine(v[None], w))(x)[:, 0], x @ w.T)
-    assert not called.given
+    assert not onednn.given
     wanted = w.expand(3, OUT, IN)
     assert_close(torch.vmap(torch.func.jacrev(lambda v: linear(v, w)))(x), wanted)
     assert_close(torch.vmap(torch.func.jacfwd(lambda v: linear(v, w)))(x), wanted)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import pytest
@@ -12,6 +13,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
+from small import OneDNN
 from torch import nn
 
 from visadapt.adapters.lora import LoRA
@@ -21,6 +23,7 @@ from visadapt.backbones.timm_vit import TimmViT
 from visadapt.core.adapted import Adapted
 from visadapt.core.adapter import Adapter
 from visadapt.core.kinds import AttnCore
+from visadapt.core.products import ONEDNN
 from visadapt.core.sites import CONVS, LINEARS, NORMS, ROLES
 from visadapt.errors import InputError
 from visadapt.registry import BACKBONES
@@ -470,6 +473,25 @@ def test_softmax_as_attention_core_changes_nothing(family):
     adapted, x = Adapted(copy.deepcopy(pristine(family))), images(16, 24)
     adapted.add("a", SameAttention())
     assert_close(joined(adapted(x)), joined(pristine(family)(x)))
+
+
+@every_family
+def test_projections_around_a_core_are_adapters_products_and_still_layers(family):
+    """By oneDNN on CPUs with the gradients of the bare network, which is torch's; hooks on them run."""
+    adapted, x = Adapted(copy.deepcopy(pristine(family))), images(16, 24).requires_grad_()
+    adapted.add("a", SameAttention())
+    paths = {s.path for s in adapted.backbone.sites() if s.role in ("qkv", "q", "k", "v", "proj")}
+    found, seen = [], set()
+    for ours, context in ((True, nullcontext()), (False, adapted.disabled())):
+        with context, OneDNN() as onednn:
+            (gradient,) = torch.autograd.grad(joined(adapted(x)).square().mean(), x)
+        assert len(onednn.given) == 2 * len(paths) * (ours and ONEDNN is not None)  # forward and backward
+        found.append(gradient)
+    assert_close(*found)
+    for path in paths:
+        adapted.backbone.body.get_submodule(path).register_forward_hook(lambda *_, path=path: seen.add(path))
+    adapted(x)
+    assert seen == paths
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ from ..core.adapter import Adapter
 from ..core.context import Context
 from ..core.inject import Output
 from ..core.kinds import AttnCore, SiteModule, Tokens
+from ..core.products import through
 from ..core.progress import Progress
 from ..core.sites import Site
 from ..errors import InputError
@@ -97,7 +98,8 @@ class LaplacianAttention(AttnCore):
             if self.beta:
                 given = given + floor * fq
             mixed = (given / (sums[..., -1:] + floor)).transpose(1, 2).flatten(2)
-            return h + self.up(F.gelu(self.gate(h.to(dtype))) * mixed.to(dtype)).to(h.dtype)
+            change = F.gelu(through(self.gate, h.to(dtype))) * mixed.to(dtype)
+            return h + through(self.up, change).to(h.dtype)
 
     @property
     def work(self) -> torch.dtype:

@@ -7,6 +7,7 @@ from timm.layers.attention import resolve_self_attn_mask
 from timm.models.eva import EvaAttention
 from torch import Tensor, cat, nn
 
+from ..core.products import through
 from ..errors import InputError
 
 
@@ -27,12 +28,13 @@ class TimmAttentionView:
         m = self.module
         b, n, _ = x.shape
         if getattr(m, "qkv", None) is not None:
-            qkv = m.qkv(x)
+            qkv = through(m.qkv, x)
             if getattr(m, "q_bias", None) is not None:
                 qkv = qkv + cat((m.q_bias, m.k_bias, m.v_bias))
             q, k, v = qkv.reshape(b, n, 3, m.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
         else:
-            q, k, v = (p(x).reshape(b, n, -1, m.head_dim).transpose(1, 2) for p in (m.q_proj, m.k_proj, m.v_proj))
+            projected = (through(p, x) for p in (m.q_proj, m.k_proj, m.v_proj))
+            q, k, v = (y.reshape(b, n, -1, m.head_dim).transpose(1, 2) for y in projected)
         q, k = m.q_norm(q), m.k_norm(k)
         if rope is not None:
             q, k = self._rotate(q, rope).type_as(v), self._rotate(k, rope).type_as(v)
@@ -50,8 +52,8 @@ class TimmAttentionView:
         m = self.module
         y = m.norm(o.transpose(1, 2).flatten(2))
         if getattr(m, "gate", None) is not None:
-            y = y * m.gate(x).sigmoid()
-        return m.proj_drop(m.proj(y))
+            y = y * through(m.gate, x).sigmoid()
+        return m.proj_drop(through(m.proj, y))
 
     def linear(self) -> nn.Linear | None:
         """What `output` is, behind the heads side by side; None where there is more to it."""

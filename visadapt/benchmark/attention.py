@@ -5,11 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
 
 from ..core.adapted import Adapted
-from ..core.context import Context
-from ..core.inject import attach
 from ..core.kinds import AttnCore
 from .setup import Setup
 from .timing import interleaved, ratio
@@ -18,16 +15,8 @@ ROUNDS = 10
 """Rounds of one attention per round of a training step, which takes longer than ten of them: few are mostly noise."""
 
 
-class Explicit(AttnCore):
-    """softmax(q k^T / sqrt(d) + bias) v with the matrix of the softmax in memory, as papers write it."""
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, ctx: Context) -> Tensor:
-        scores = (q * q.shape[-1] ** -0.5) @ k.mT
-        return (scores if bias is None else scores + bias).softmax(-1) @ v
-
-
 def attention_ratio(setup: Setup, adapted: Adapted) -> dict[str, float]:
-    """Forward and backward of the first attention that has another core, over the same with `Explicit`.
+    """Forward and backward of the first attention that has another core, over timm's own with softmax written out.
 
     Args:
         setup: what is measured.
@@ -36,11 +25,9 @@ def attention_ratio(setup: Setup, adapted: Adapted) -> dict[str, float]:
     core = next((p for p in adapted.pieces() if isinstance(p, AttnCore)), None)
     if core is None:
         return {}
-    plain = Adapted(setup.backbone())
-    explicit = Explicit(core.site)
-    explicit.on = True
-    attach(explicit, plain.backbone, plain.ctx)
-    candidates = {"ours": step(setup, adapted, core.site.path), "explicit": step(setup, plain, core.site.path)}
+    plain, path = Adapted(setup.backbone()), core.site.path
+    plain.backbone.body.get_submodule(path).fused_attn = False
+    candidates = {"ours": step(setup, adapted, path), "explicit": step(setup, plain, path)}
     times = interleaved(candidates, ROUNDS * setup.rounds, setup.device)
     return {"attention_over_explicit": ratio(times, "ours", "explicit")}
 

@@ -19,7 +19,7 @@ from ..errors import InputError
 from .context import Context
 from .kinds import AttnCore, Delta, Prompt, SiteModule, Tokens, WeightMap
 from .lowrank import LowRankLinear, merged_weight, worth_factoring
-from .products import affine, linear
+from .products import affine, bare, linear
 from .routing import routed_forward
 from .sparse import Entries, SparseLinear, with_entries
 
@@ -265,24 +265,22 @@ class Output:
         """(B, heads, N, head_dim) to (B, N, D)."""
         return self.view.output(o, self.x)
 
-    def then(self, linear: nn.Linear, o: Tensor) -> Tensor:
-        """linear(self(o)), (B, N, K), in the dtype of `linear` also under autocast.
+    def then(self, layer: nn.Linear, o: Tensor) -> Tensor:
+        """layer(self(o)), (B, N, K), in the dtype of `layer` also under autocast.
 
         It is one product with that of both weights where this is less work and nothing lies between them.
         """
-        inner, dtype = self.view.linear(), linear.weight.dtype
-        bare = type(inner) is nn.Linear and "forward" not in inner.__dict__
-        bare = bare and not (inner._forward_hooks or inner._forward_pre_hooks)
-        few = not torch.compiler.is_compiling() and o.shape[0] * o.shape[2] <= linear.out_features
-        if few or not bare:
-            y, weight, bias = self(o), linear.weight, linear.bias
+        inner, dtype = self.view.linear(), layer.weight.dtype
+        few = not torch.compiler.is_compiling() and o.shape[0] * o.shape[2] <= layer.out_features
+        if few or not bare(inner):
+            y, weight, bias = self(o), layer.weight, layer.bias
         else:
             y, weight, bias = o.transpose(1, 2).flatten(2), inner.weight.to(dtype), inner.bias
             with torch.autocast(o.device.type, enabled=False):
-                bias = linear.bias if bias is None else F.linear(bias.to(dtype), linear.weight, linear.bias)
-                weight = linear.weight @ weight
+                bias = layer.bias if bias is None else F.linear(bias.to(dtype), layer.weight, layer.bias)
+                weight = layer.weight @ weight
         with torch.autocast(o.device.type, enabled=False):
-            return F.linear(y.to(dtype), weight, bias)
+            return linear(y.to(dtype), weight, bias)
 
 
 class AttnForward:

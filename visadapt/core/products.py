@@ -14,6 +14,9 @@ ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
 PLAIN = Tensor, nn.Parameter  # sharded, quantised and fake tensors know F.linear
 
+SMALL = 2**22
+"""Multiplications up to which calling oneDNN, 20 us, takes longer than it saves."""
+
 
 def affine(x: Tensor, w: Tensor, b: Tensor | None = None, times: Tensor | None = None, plus: Tensor | None = None):
     """(x w^T + b) * times, or x w^T + b + plus. It has no gradient: for the inside of a `torch.autograd.Function`.
@@ -84,14 +87,27 @@ def linear(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
     return Linear.apply(x, w, b)
 
 
-def _by_onednn(*tensors: Tensor | None) -> bool:
+def bare(layer: nn.Module) -> bool:
+    """Whether a layer is torch's own linear with nothing attached to it, so that its weight and bias say all."""
+    if type(layer) is not nn.Linear or "forward" in layer.__dict__:
+        return False
+    attached = layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks
+    return not any(attached)
+
+
+def through(layer: nn.Module, x: Tensor) -> Tensor:
+    """layer(x), but for rounding: of a bare linear by `linear`."""
+    return linear(x, layer.weight, layer.bias) if bare(layer) else layer(x)
+
+
+def _by_onednn(x: Tensor, w: Tensor, *others: Tensor | None) -> bool:
     if ONEDNN is None or not torch.backends.mkldnn.enabled or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:  # which know F.linear
         return False
-    given = [t for t in tensors if t is not None]
+    given = [t for t in (x, w, *others) if t is not None]
     plain = all(type(t) in PLAIN and t.device.type == "cpu" and t.dtype == torch.float32 for t in given)
-    return plain and all(t.numel() > 0 for t in given)
+    return plain and x.numel() * w.shape[0] >= SMALL
 
 
 def _dense(x: Tensor) -> Tensor:
