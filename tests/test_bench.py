@@ -6,9 +6,11 @@ import json
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from visadapt.adapters import VIT_B
 from visadapt.backbones.timm_vit import TimmViT
+from visadapt.benchmark.attention import explicit
 from visadapt.benchmark.methods import adapted_with, measure_methods, textbook
 from visadapt.benchmark.parameters import MODEL, trainable
 from visadapt.benchmark.report.zoo import zoo_rows
@@ -16,6 +18,7 @@ from visadapt.benchmark.setup import Setup
 from visadapt.benchmark.timing import ratio, spread
 from visadapt.cli import main
 from visadapt.registry import ADAPTERS
+from visadapt.testing import assert_close
 
 ALWAYS = {
     *("lora_step_over_floor", "full_step_over_floor", "merged_over_base", "mixed_over_base", "switch_ms"),
@@ -71,6 +74,22 @@ def test_a_method_that_cannot_be_measured_says_why_and_stops_no_other():
 def test_unknown_method(capsys):
     assert main(["bench", "speed", "--method", "LoRa"]) == 2
     assert "LoRA" in capsys.readouterr().err
+
+
+@torch.no_grad()
+def test_attention_is_compared_with_a_softmax_written_out():
+    setup, x, ops = Setup(model="test_vit", size=32), torch.randn(2, 5, 64), []
+
+    class Ops(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            ops.append(op.name())
+            return op(*args, **kwargs or {})
+
+    attention = explicit(setup, "blocks.1.attn").backbone.body.blocks[1].attn
+    with Ops():
+        y = attention(x)
+    assert "aten::_softmax" in ops and not any("scaled_dot_product" in name for name in ops)
+    assert_close(y, setup.backbone().body.blocks[1].attn(x))
 
 
 def test_ratios_are_taken_within_rounds():

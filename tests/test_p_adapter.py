@@ -8,14 +8,16 @@ import pytest
 import torch
 from cases import TINY
 from parity.p_adapter import Attention, Layer
-from small import compiles, vit
+from small import OneDNN, compiles, vit
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from visadapt.adapters._common import laplacian
 from visadapt.adapters._common.laplacian import LaplacianSums
+from visadapt.adapters.lora import LoRA
 from visadapt.adapters.p_adapter import LaplacianAttention, PAdapter, attention_scores
 from visadapt.core.adapted import Adapted
 from visadapt.core.inject import Output
+from visadapt.core.products import ONEDNN
 from visadapt.errors import InputError
 from visadapt.testing import assert_close, difference, noise, progress, tiny_backbone
 
@@ -320,6 +322,33 @@ class Tokens(torch.nn.Module):
 
     def forward(self, x):
         return self.adapted(x).tokens
+
+
+@torch.no_grad()
+def test_linears_around_the_graph_go_by_onednn():
+    """Queries, keys and values; what is behind both projections; the projection, gate and up; twice in two blocks."""
+    adapted = vit(PAdapter(reduction=4, targets=["attn"]))
+    with OneDNN() as onednn:
+        adapted(torch.randn(2, 3, 28, 42))
+    assert len(onednn.given) == (ONEDNN is not None) * 2 * 5
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("name", ["vit", "eva02"])
+@torch.no_grad()
+def test_compiled_blocks_see_an_adapter_that_comes_later(name):
+    torch.compiler.reset()
+    adapted, x = Adapted(tiny_backbone(TINY[name])).eval(), torch.randn(2, 3, 28, 42)
+    noise(adapted.add("p", PAdapter(reduction=4)))
+    for block in adapted.backbone.body.blocks:
+        block.compile(backend="eager")
+    before = adapted(x).tokens
+    noise(adapted.add("l", LoRA(rank=2, targets=["q", "v", "proj"])))
+    found = adapted(x).tokens
+    for block in adapted.backbone.body.blocks:
+        block._compiled_call_impl = None
+    assert_close(found, adapted(x).tokens, tolerance=1e-4)
+    assert difference(found, before) > 1e-2
 
 
 @pytest.mark.compile

@@ -44,19 +44,25 @@ def test_kits_without_builder_are_reported(record_property):
     record_property("parity_not_implemented", " ".join(missing))
 
 
-def test_shared_folder_of_kits_is_used():
+@pytest.fixture
+def shared():
+    """The folder with all kits; the large ones are nowhere else."""
     folder = shared_kits()
     if not folder.is_dir():
         assert KITS not in os.environ, f"{KITS}={folder} is no folder"
         pytest.skip(f"no folder {folder}; only the kits of tests/parity/kits ran")
-    assert {p.stem for p in folder.glob("*.json")} <= {k.name for k in FOUND}
+    return folder
+
+
+def test_shared_folder_of_kits_is_used(shared):
+    assert {p.stem for p in shared.glob("*.json")} <= {k.name for k in FOUND}
 
 
 def test_every_kit_named_in_cases_has_a_builder():
     assert {c.kit for c in CASES if c.kit} <= set(BUILDERS)
 
 
-def test_every_builder_has_a_kit_in_the_repository():
+def test_every_builder_has_a_kit_in_the_repository(shared):
     """But for those whose tensors are too large for it."""
     large = {k.builder for k in FOUND if k.path.with_suffix(".safetensors").stat().st_size > 100_000}
     assert set(BUILDERS) <= {k.builder for k in find_kits(KITS_HERE)} | large

@@ -101,6 +101,22 @@ def test_what_is_attached_to_a_layer_takes_part(kind):
         assert_close(one, other, tolerance=EXACT)
 
 
+def test_hooks_on_all_modules_take_part():
+    layer, x = nn.Linear(IN, OUT), torch.randn(3, 5, IN)
+    wanted = 2 * layer(x)
+    handle = nn.modules.module.register_module_forward_hook(lambda module, args, y: 2 * y)
+    try:
+        assert_close(through(layer, x), wanted)
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize("product", [affine, linear])
+def test_widths_that_do_not_fit_are_told_by_torch(product):
+    with pytest.raises(RuntimeError, match=r"shapes cannot be multiplied \(3x7 and 24x10\)"):
+        product(torch.randn(3, 7), torch.randn(OUT, IN))
+
+
 def test_tensors_of_other_kinds_are_left_to_torch():
     with FakeTensorMode():
         assert affine(torch.randn(5, IN), torch.randn(OUT, IN), times=torch.randn(5, OUT)).shape == (5, OUT)

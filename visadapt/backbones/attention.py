@@ -15,7 +15,7 @@ class TimmAttentionView:
     """View of timm's Attention, AttentionRope and EvaAttention, fused or split.
 
     Args:
-        module: the attention; kept by reference, its submodules are called so that what is attached there takes part.
+        module: the attention; kept by reference, and what is attached to its submodules takes part.
     """
 
     def __init__(self, module: nn.Module) -> None:

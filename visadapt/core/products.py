@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.nn.modules.module import _has_any_global_hook
 
 ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 """Linears by oneDNN with something behind them; None where torch is built without it."""
@@ -15,7 +16,7 @@ ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 PLAIN = Tensor, nn.Parameter  # sharded, quantised and fake tensors know F.linear
 
 SMALL = 2**22
-"""Multiplications up to which calling oneDNN, 20 us, takes longer than it saves."""
+"""Multiplications below which calling oneDNN, 20 us, takes longer than it saves."""
 
 
 def affine(x: Tensor, w: Tensor, b: Tensor | None = None, times: Tensor | None = None, plus: Tensor | None = None):
@@ -87,9 +88,9 @@ def linear(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
     return Linear.apply(x, w, b)
 
 
-def bare(layer: nn.Module) -> bool:
+def bare(layer: nn.Module | None) -> bool:
     """Whether a layer is torch's own linear with nothing attached to it, so that its weight and bias say all."""
-    if type(layer) is not nn.Linear or "forward" in layer.__dict__:
+    if type(layer) is not nn.Linear or "forward" in layer.__dict__ or _has_any_global_hook():
         return False
     attached = layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks
     return not any(attached)
@@ -97,7 +98,9 @@ def bare(layer: nn.Module) -> bool:
 
 def through(layer: nn.Module, x: Tensor) -> Tensor:
     """layer(x), but for rounding: of a bare linear by `linear`."""
-    return linear(x, layer.weight, layer.bias) if bare(layer) else layer(x)
+    if torch.compiler.is_compiling() or not bare(layer):  # compiled, only a call sees an adapter that comes later
+        return layer(x)
+    return linear(x, layer.weight, layer.bias)
 
 
 def _by_onednn(x: Tensor, w: Tensor, *others: Tensor | None) -> bool:
@@ -107,7 +110,8 @@ def _by_onednn(x: Tensor, w: Tensor, *others: Tensor | None) -> bool:
         return False
     given = [t for t in (x, w, *others) if t is not None]
     plain = all(type(t) in PLAIN and t.device.type == "cpu" and t.dtype == torch.float32 for t in given)
-    return plain and x.numel() * w.shape[0] >= SMALL
+    fits = x.shape[-1:] == w.shape[1:]  # else torch says so better
+    return plain and fits and x.numel() * w.shape[0] >= SMALL
 
 
 def _dense(x: Tensor) -> Tensor:
