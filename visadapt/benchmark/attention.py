@@ -11,8 +11,8 @@ from ..core.kinds import AttnCore
 from .setup import Setup
 from .timing import interleaved, ratio
 
-ROUNDS = 10
-"""Rounds of one attention per round of a training step, which takes longer than ten of them: few are mostly noise."""
+ROUNDS = 30
+"""Rounds of one attention per round of a training step, which takes far longer: few are mostly noise."""
 
 
 def attention_ratio(setup: Setup, adapted: Adapted) -> dict[str, float]:
@@ -46,8 +46,11 @@ def by_torch(run: Callable[[], None]) -> Callable[[], None]:
     """The same without oneDNN."""
 
     def switched() -> None:
-        with torch.backends.mkldnn.flags(enabled=False):
+        given, torch.backends.mkldnn.enabled = torch.backends.mkldnn.enabled, False
+        try:
             run()
+        finally:
+            torch.backends.mkldnn.enabled = given
 
     return switched
 
