@@ -70,14 +70,17 @@ def compiles(adapted):
         assert_close(one, other, "gradient", 1e-4)
 
 
-class OneDNN(TorchDispatchMode):
-    """What oneDNN is given."""
+class Ops(TorchDispatchMode):
+    """Operations as torch runs them, (name, tensors that they are given), and the tensors of those by oneDNN."""
 
     def __init__(self):
         super().__init__()
-        self.given = []
+        self.all = []
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        if op.namespace == "mkldnn":
-            self.given.append([x for x in args if isinstance(x, torch.Tensor)])
+        self.all.append((op.name(), [x for x in args if isinstance(x, torch.Tensor)]))
         return op(*args, **kwargs or {})
+
+    @property
+    def onednn(self):
+        return [tensors for name, tensors in self.all if name.startswith("mkldnn::")]

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from small import Ops
 
 from visadapt.adapters import VIT_B
 from visadapt.backbones.timm_vit import TimmViT
@@ -78,17 +78,12 @@ def test_unknown_method(capsys):
 
 @torch.no_grad()
 def test_attention_is_compared_with_a_softmax_written_out():
-    setup, x, ops = Setup(model="test_vit", size=32), torch.randn(2, 5, 64), []
-
-    class Ops(TorchDispatchMode):
-        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-            ops.append(op.name())
-            return op(*args, **kwargs or {})
-
+    setup, x = Setup(model="test_vit", size=32), torch.randn(2, 5, 64)
     attention = explicit(setup, "blocks.1.attn").backbone.body.blocks[1].attn
-    with Ops():
+    with Ops() as ops:
         y = attention(x)
-    assert "aten::_softmax" in ops and not any("scaled_dot_product" in name for name in ops)
+    names = [name for name, _ in ops.all]
+    assert "aten::_softmax" in names and not any("scaled_dot_product" in name for name in names)
     assert_close(y, setup.backbone().body.blocks[1].attn(x))
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from cases import TINY
 from parity.p_adapter import Attention, Layer
-from small import OneDNN, compiles, vit
+from small import Ops, compiles, vit
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from visadapt.adapters._common import laplacian
@@ -328,9 +328,9 @@ class Tokens(torch.nn.Module):
 def test_linears_around_the_graph_go_by_onednn():
     """Queries, keys and values; what is behind both projections; the projection, gate and up; twice in two blocks."""
     adapted = vit(PAdapter(reduction=4, targets=["attn"]))
-    with OneDNN() as onednn:
+    with Ops() as ops:
         adapted(torch.randn(2, 3, 28, 42))
-    assert len(onednn.given) == (ONEDNN is not None) * 2 * 5
+    assert len(ops.onednn) == (ONEDNN is not None) * 2 * 5
 
 
 @pytest.mark.compile

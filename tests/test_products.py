@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from small import OneDNN
+from small import Ops
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
@@ -53,9 +53,9 @@ def test_formula(leading, names, enabled):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_onednn_is_asked_for_float32_unless_it_is_switched_off(enabled, dtype):
     given = {name: t.to(dtype) for name, t in operands(7).items() if name != "plus"}
-    with OneDNN() as onednn:
+    with Ops() as ops:
         affine(**given)
-    assert len(onednn.given) == (ONEDNN is not None and enabled and dtype == torch.float32)
+    assert len(ops.onednn) == (ONEDNN is not None and enabled and dtype == torch.float32)
 
 
 @pytest.mark.parametrize("larger", [True, False])
@@ -63,9 +63,9 @@ def test_small_products_are_left_to_torch(larger, monkeypatch):
     """Calling oneDNN takes ten times as long as torch needs for one token of a small network."""
     given = single(operands(7), ("b",))
     monkeypatch.setattr(products, "SMALL", 7 * IN * OUT + (not larger))
-    with OneDNN() as onednn:
+    with Ops() as ops:
         affine(**given), linear(**given)
-    assert len(onednn.given) == 2 * (ONEDNN is not None and larger)
+    assert len(ops.onednn) == 2 * (ONEDNN is not None and larger)
 
 
 def doubled(module, args, y):
@@ -92,9 +92,9 @@ def linear_layer(kind):
 def test_what_is_attached_to_a_layer_takes_part(kind):
     layer, x = linear_layer(kind), torch.randn(3, 5, IN, requires_grad=True)
     leaves = [x] if kind == "forward" else [x, *layer.parameters()]
-    with OneDNN() as onednn:
+    with Ops() as ops:
         y = through(layer, x)
-    assert len(onednn.given) == (ONEDNN is not None and kind == "bare")
+    assert len(ops.onednn) == (ONEDNN is not None and kind == "bare")
     cotangent = torch.randn_like(y)
     assert_close(y, layer(x), tolerance=EXACT)
     for one, other in zip(*(torch.autograd.grad(f, leaves, cotangent) for f in (y, layer(x))), strict=True):
@@ -145,10 +145,10 @@ def test_layouts(name, layout):
     wanted = formula(**{key: t.double() for key, t in given.items()})
     given[name] = LAYOUTS[layout](given[name])
     assert not given[name].is_contiguous()
-    with OneDNN() as onednn:
+    with Ops() as ops:
         assert_close(affine(**given).double(), wanted, tolerance=EXACT)
-    assert len(onednn.given) == (ONEDNN is not None)
-    assert all(x.is_contiguous() or x.mT.is_contiguous() for tensors in onednn.given for x in tensors)
+    assert len(ops.onednn) == (ONEDNN is not None)
+    assert all(x.is_contiguous() or x.mT.is_contiguous() for tensors in ops.onednn for x in tensors)
 
 
 def second_order(product, dtype):
@@ -171,11 +171,11 @@ def test_gradients_in_float32(trains, enabled):
     found = []
     for dtype, product in ((torch.float32, linear), (torch.float64, F.linear)):
         leaves = {name: t.to(dtype).requires_grad_(name in trains) for name, t in given.items()}
-        with OneDNN() as onednn:
+        with Ops() as ops:
             y = product(*leaves.values())
             gradients = torch.autograd.grad(y.square().sum() / 100, [leaves[name] for name in trains])
         by_onednn = ONEDNN is not None and enabled and dtype == torch.float32
-        assert len(onednn.given) == by_onednn * (1 + ("x" in trains) + ("w" in trains))
+        assert len(ops.onednn) == by_onednn * (1 + ("x" in trains) + ("w" in trains))
         found.append([y, *gradients])
     for single, exact in zip(*found, strict=True):
         assert_close(single.double(), exact, tolerance=EXACT)
@@ -195,9 +195,9 @@ def test_autocast_is_followed_forward_and_switched_off_backward(enabled):
 
 def test_transforms_of_functions_run():
     x, w = single(operands(3), ()).values()
-    with OneDNN() as onednn:
+    with Ops() as ops:
         assert_close(torch.vmap(lambda v: affine(v[None], w))(x)[:, 0], x @ w.T)
-    assert not onednn.given
+    assert not ops.onednn
     wanted = w.expand(3, OUT, IN)
     assert_close(torch.vmap(torch.func.jacrev(lambda v: linear(v, w)))(x), wanted)
     assert_close(torch.vmap(torch.func.jacfwd(lambda v: linear(v, w)))(x), wanted)
